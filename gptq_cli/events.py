@@ -61,11 +61,13 @@ class LayerReport:
     `relative_error` is relative to the energy of the layer's output on the calibration tokens:
     tr(E H E') / tr(W H W'). `rtn_relative_error` is the same for round-to-nearest on the min/max
     grid of the layer's groups; if `rtn_rows` is not None, it was measured on so many rows, and is
-    an estimate. `damp_percent` is the damping that was used, in the configuration's
-    `damp_mode`. The `seconds` of layers that are solved together are divided by their number of
-    weights. `fallback` is the reason if the layer was rounded to nearest: its inputs were not
-    finite ("inputs"), its Hessian could not be factored ("hessian"), or it saw no tokens
-    ("tokens"). Its errors are then those of the weights, with the identity as H.
+    an estimate. `damp_percent` is the damping that was used, in the configuration's `damp_mode`.
+    `asymmetric_calibration` is the strength with which the layer follows the unquantized model, the
+    mean over its outputs; None if it does not. The `seconds` of layers that are solved together are
+    divided by their number of weights. `fallback` is the reason if the layer was rounded to
+    nearest: its inputs were not finite ("inputs"), its Hessian could not be factored ("hessian"),
+    or it saw no tokens ("tokens"). Its errors are then those of the weights, with the identity as
+    H.
     """
 
     name: str
@@ -81,6 +83,7 @@ class LayerReport:
     seconds: float
     fallback: Fallback | None = None
     rtn_rows: int | None = None
+    asymmetric_calibration: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,11 +2,13 @@
 """Measure the quality of settings: quantize a model with each, compare it with the original.
 
     python scripts/bench_quality.py MODEL --calibration FILE --evaluation FILE
-        [--bits 4 3 2] [--group-size 64 128] [--settings gptq balanced ...] [--json FILE]
+        [--bits 4 3 2] [--group-size 64 128] [--settings gptq balanced ...] [--windows N]
+        [--json FILE]
 
 Prints one JSON object for each run, then tables in Markdown. KL is the mean over held-out tokens of
 KL(original || quantized) in nats; `ratio` is KL over that of preset gptq, the published algorithm,
-at the same bits and group size.
+at the same bits and group size. `scripts/real_model.py` makes a real language model; two windows of
+text say little about it, a few dozen are enough.
 """
 
 from __future__ import annotations
@@ -49,8 +51,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "signed diagonal mse refine 4": SIGNED | DIAGONAL | {"scale_search": "mse", "refine_sweeps": 4},
     "fast": {"preset": "fast"},
     "balanced": {"preset": "balanced"},
+    "balanced, massive tokens in full": {"preset": "balanced", "limit_massive_tokens": False},
     "balanced none": {"preset": "balanced", "scale_search": "none"},
+    "best 0.25": {"preset": "best", "asymmetric_calibration": 0.25},
     "best 0.5": {"preset": "best", "asymmetric_calibration": 0.5},
+    "best 0.75": {"preset": "best", "asymmetric_calibration": 0.75},
     "best": {"preset": "best"},
     "best 1": {"preset": "best", "asymmetric_calibration": 1.0},
     "best none": {"preset": "best", "scale_search": "none"},
@@ -74,6 +79,7 @@ def measure(arguments: argparse.Namespace, name: str, bits: int, group_size: int
         dataset=str(arguments.evaluation),
         seqlen=arguments.seqlen,
         batch_size=16,
+        max_windows=arguments.windows,
         device="cpu",
         dtype="float32",
         baseline=str(arguments.model),
@@ -85,6 +91,10 @@ def measure(arguments: argparse.Namespace, name: str, bits: int, group_size: int
             done = quantize_checkpoint(str(arguments.model), output, config)
         found = evaluate_perplexity(str(output), request)
     errors = [layer.relative_error for layer in done.layers]
+    strengths = []
+    for layer in done.layers:
+        if layer.asymmetric_calibration is not None:
+            strengths.append(layer.asymmetric_calibration)
     row = {
         "bits": bits,
         "group_size": group_size,
@@ -94,6 +104,7 @@ def measure(arguments: argparse.Namespace, name: str, bits: int, group_size: int
         "perplexity": found.perplexity,
         "original_perplexity": found.baseline_perplexity,
         "layer_error": sum(errors) / len(errors),
+        "strengths": strengths,
         "seconds": done.seconds,
         "bits_per_weight": done.bits_per_weight,
     }
@@ -140,6 +151,7 @@ def conditions(arguments: argparse.Namespace) -> dict[str, Any]:
         "seqlen": arguments.seqlen,
         "calibration": arguments.calibration.name,
         "evaluation": arguments.evaluation.name,
+        "windows": arguments.windows,
         "python": platform.python_version(),
         "gptq_cli": __version__,
         "torch": torch.__version__,
@@ -158,6 +170,7 @@ def main() -> None:
     parser.add_argument("--settings", nargs="+", choices=names, default=names, metavar="NAME")
     parser.add_argument("--nsamples", type=int, default=64)
     parser.add_argument("--seqlen", type=int, default=256)
+    parser.add_argument("--windows", type=int, help="of the evaluation; default: all of the text")
     arguments = parser.parse_args()
     tables = []
     for bits in arguments.bits:

@@ -127,19 +127,50 @@ def damping_of(energy: Tensor, config: LayerConfig, tokens: int | None) -> Tenso
     return share * energy
 
 
-def follow(weight: Tensor, inputs: Tensor, originals: Tensor, config: LayerConfig) -> Tensor:
+def limited(inputs: Tensor, originals: Tensor, batch: int, longest: float) -> None:
+    """Halve long tokens of the inputs [tokens, I], and their originals; a batch has `batch`."""
+    for start in range(0, len(inputs), batch):
+        lengths = inputs[start : start + batch].norm(dim=1)
+        most = longest * lengths.median()
+        for token, length in enumerate(lengths.tolist(), start):
+            while length > most:
+                length /= 2
+                inputs[token] /= 2
+                originals[token] /= 2
+
+
+def follow(
+    weight: Tensor,
+    inputs: Tensor,
+    originals: Tensor,
+    config: LayerConfig,
+    sides: Tensor | None = None,
+) -> Tensor:
     """Return the weight [O, I] to quantize for inputs [tokens, I]; the original inputs differ.
 
     Ridge regression of what the outputs lack on the inputs, as rows of one least-squares problem.
+    `sides` are 1 for tokens of one half of the text and -1 for those of the other, for "auto".
     """
     energy = inputs.square().sum(0)
     damping = damping_of(energy, config, len(inputs))
     damping[energy == 0] = 1.0
     rows = torch.cat([inputs, damping.sqrt().diag()])
-    lacking = torch.cat(
-        [(originals - inputs) @ weight.T, torch.zeros(len(energy), len(weight)).double()]
-    )
-    return weight + config.asymmetric_calibration * torch.linalg.lstsq(rows, lacking).solution.T
+
+    def regression(lacking: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the weights [O, I] that lacking outputs call for, and what they explain [O]."""
+        targets = torch.cat([lacking, torch.zeros(len(energy), len(weight)).double()])
+        found = torch.linalg.lstsq(rows, targets).solution.T
+        return found, (found * (lacking.T @ inputs)).sum(1)
+
+    lacking = (originals - inputs) @ weight.T
+    change, explained = regression(lacking)
+    strength = config.asymmetric_calibration
+    if strength == "auto":
+        assert sides is not None
+        _, by_chance = regression(lacking * sides[:, None])
+        shares = by_chance / explained
+        return weight + 0.5 * (1 - shares).clamp(min=0).nan_to_num()[:, None] * change
+    return weight + strength * change
 
 
 def refine(

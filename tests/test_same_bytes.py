@@ -32,17 +32,20 @@ COMMON = {
     "batch_size": 4,
     "device": "cpu",
 }
+IN_FULL = {"limit_massive_tokens": False}
 CASES: dict[str, dict[str, Any]] = {
     "4 bits, gptq": {"bits": 4, "preset": "gptq"},
     "3 bits, balanced": {"bits": 3, "preset": "balanced"},
+    "3 bits, balanced, all of massive tokens": {"bits": 3, "preset": "balanced"} | IN_FULL,
     "2 bits, best": {"bits": 2, "preset": "best"},
-    "8 bits, fast, gptq_v2": {"bits": 8, "preset": "fast", "format": "gptq_v2"},
-    "4 bits, desc_act": {"bits": 4, "desc_act": True},
-    "4 bits, asymmetric grid and head": {"bits": 4, "sym": False, "lm_head": True},
+    "8 bits, fast, gptq_v2": {"bits": 8, "preset": "fast", "format": "gptq_v2"} | IN_FULL,
+    "4 bits, desc_act": {"bits": 4, "desc_act": True} | IN_FULL,
+    "4 bits, asymmetric grid and head": {"bits": 4, "sym": False, "lm_head": True} | IN_FULL,
     "4 bits, bfloat16, not true_sequential": {
         "bits": 4,
         "dtype": "bfloat16",
         "true_sequential": False,
+        **IN_FULL,
     },
 }
 MIXTURE = "4 bits, a mixture of experts"
@@ -87,6 +90,8 @@ def test_unchanged_settings_give_unchanged_bytes(name: str, tmp_path: Path) -> N
     known = json.loads(KNOWN.read_text()).get(platform_name())
     if known is None:
         pytest.skip(f"no hashes were taken on {platform_name()}")
+    if name not in known:
+        pytest.skip(f"no hash of this case was taken on {platform_name()}")
     assert case_hash(name, tmp_path) == known[name]
 
 

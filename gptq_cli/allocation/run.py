@@ -53,7 +53,7 @@ from gptq_cli.runtime.ranks import SINGLE_PROCESS, Worker
 from gptq_cli.storage.manifest import ALLOCATION
 from gptq_cli.storage.work_directory import WorkDirectory, read_run, working_on, write_run
 
-REVISION = 2  # counted up if the same model gets another measurement
+REVISION = 3  # counted up if the same model gets another measurement
 LEAST_TOKENS = 8192  # of calibration, if the run has as many
 SHARE = 4  # the measurement takes a quarter of the windows, but not fewer tokens than these
 # Rounding for the measurement: quick, but with the order and the signs of the run itself

@@ -168,6 +168,7 @@ def _rules(texts: Iterable[str]) -> dict[str, Any]:
 
 CONVERTED: dict[str, Callable[[Any], Any]] = {
     "allow_bits": _widths,
+    "asymmetric_calibration": _number_or_word,
     "bits": _number_or_word,
     "dataset": _one_or_all,
     "dynamic": _rules,

@@ -271,6 +271,8 @@ def _planned(event: RunPlanned) -> str:
 def _detail(report: LayerReport) -> str:
     settings = f"{report.bits} bit group_size {report.group_size} damp {report.damp_percent:g}"
     error = f"error {_errors([report])}"
+    if report.asymmetric_calibration is not None:
+        settings += f" follows {report.asymmetric_calibration:.2f}"
     return f"layer {report.name} {error} {settings} tokens {report.tokens} {report.seconds:.2f} s"
 
 

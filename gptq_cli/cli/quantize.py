@@ -418,12 +418,25 @@ def _error_lines(layers: Sequence[LayerReport]) -> list[str]:
     baseline = f"round-to-nearest {rtn:.2e}"
     if any(layer.rtn_rows for layer in layers):
         baseline += " on a sample of rows"
-    lines = [f"error  {mean}, {baseline}"]
+    lines = [f"error  {mean}, {baseline}", *_strength_lines(layers)]
     rounded = [layer.name for layer in layers if layer.fallback]
     if rounded:
         count = f"{len(rounded)} of {len(layers)} layers"
         lines.append(f"rtn    {count} were rounded to nearest, first {rounded[0]}")
     return lines
+
+
+def _strength_lines(layers: Sequence[LayerReport]) -> list[str]:
+    """Return a line about the strengths with which layers follow the unquantized model, if any."""
+    strengths = []
+    for layer in layers:
+        if layer.asymmetric_calibration is not None:
+            strengths.append(layer.asymmetric_calibration)
+    if not strengths:
+        return []
+    mean = math.fsum(strengths) / len(strengths)
+    between = f"from {min(strengths):.2f} to {max(strengths):.2f}"
+    return [f"follow strength {mean:.2f} of asymmetric calibration on average, {between}"]
 
 
 def _coverage(result: QuantizeResult, config: QuantizeConfig) -> str:

@@ -181,7 +181,9 @@ Unfit = Annotated[Literal["error", "keep"], Accepts("error or keep")]
 DampPercent = Annotated[float, Field(gt=0, lt=1), Accepts("a number strictly between 0 and 1")]
 Damping = Annotated[DampMode, Accepts(one_of(get_args(DampMode)))]
 Search = Annotated[ScaleSearch, Accepts(one_of(get_args(ScaleSearch)))]
-Strength = Annotated[float, Field(ge=0, le=1), Accepts("a number from 0 to 1")]
+FollowStrength = Annotated[
+    Annotated[float, Field(ge=0, le=1)] | Literal["auto"], Accepts("a number from 0 to 1, or auto")
+]
 Sweeps = Annotated[int, Field(ge=0), Accepts("a whole number of 0 or more")]
 Size = Annotated[
     int | str, AfterValidator(_size), Accepts("a size such as 5GB or 500MiB, or a number of bytes")
@@ -214,7 +216,7 @@ class LayerOverrides(TypedDict, total=False):
     signed_scales: Flag
     scale_search: Search
     refine_sweeps: Sweeps
-    asymmetric_calibration: Strength
+    asymmetric_calibration: FollowStrength
     damp_mode: Damping
     damp_percent: DampPercent
 

@@ -31,6 +31,7 @@ ScaleSearch = Literal["none", "mse"]
 DampMode = Literal["mean", "diagonal"]
 Uncovered = Literal["error", "rtn", "all-tokens"]
 OnFault = Literal["error", "rtn"]
+Strength = float | Literal["auto"]  # of asymmetric calibration
 
 BITS: tuple[int, ...] = get_args(BitWidth)
 FORMATS: tuple[str, ...] = get_args(Format)
@@ -97,6 +98,7 @@ BALANCED: dict[str, Any] = {
     "refine_sweeps": 4,
     "damp_mode": "diagonal",
     "damp_percent": 0.05,
+    "limit_massive_tokens": True,
 }
 
 # docs/accuracy.md has the effect of each on the divergence from the original model.
@@ -112,7 +114,7 @@ PRESETS: dict[str, Preset] = {
     ),
     "balanced": Preset(
         "static groups in activation order, signed scales with a search, diagonal damping, "
-        "four rounds of refinement",
+        "limited massive tokens, four rounds of refinement",
         BALANCED,
     ),
     "fast": Preset(
@@ -122,7 +124,7 @@ PRESETS: dict[str, Preset] = {
     "best": Preset(
         "`balanced` and asymmetric calibration: the unquantized model runs beside the quantized "
         "one, block by block",
-        BALANCED | {"asymmetric_calibration": 0.75},
+        BALANCED | {"asymmetric_calibration": "auto"},
     ),
 }
 
@@ -148,7 +150,7 @@ class LayerConfig:
     signed_scales: bool = False
     scale_search: ScaleSearch = "none"
     refine_sweeps: int = 0
-    asymmetric_calibration: float = 0.0
+    asymmetric_calibration: Strength = 0.0
     damp_mode: DampMode = "mean"
     damp_percent: float = 0.1
 
@@ -156,6 +158,11 @@ class LayerConfig:
     def has_trivial_g_idx(self) -> bool:
         """True if the columns of each group follow one another: readers need no g_idx."""
         return self.static_groups or not self.desc_act
+
+    @property
+    def follows_original(self) -> bool:
+        """True if weights are corrected so that outputs follow those of the unquantized model."""
+        return self.asymmetric_calibration != 0
 
     def columns_per_group(self, in_features: int) -> int:
         """Return the number of input columns that share one scale."""

@@ -26,6 +26,7 @@ from gptq_cli.config.fields import (
     Experts,
     Fault,
     Flag,
+    FollowStrength,
     GroupSizeOrAuto,
     LayerOverrides,
     Name,
@@ -36,7 +37,6 @@ from gptq_cli.config.fields import (
     Rule,
     Search,
     Size,
-    Strength,
     Sweeps,
     Target,
     Text,
@@ -123,6 +123,10 @@ class QuantizeConfig(BaseModel):
     true_sequential: Annotated[Flag, Option(Panel.SWITCHES)] = Field(
         default=True, description="layers of a block see inputs of already quantized layers"
     )
+    limit_massive_tokens: Annotated[Flag, Option(Panel.SWITCHES)] = Field(
+        default=False,
+        description="count a token for the Hessian at most as 16 median tokens of its batch",
+    )
     signed_scales: Annotated[Flag, Option(Panel.SWITCHES)] = Field(
         default=False,
         description="allow negative scales, so that the larger weight's side has the extra level",
@@ -136,10 +140,12 @@ class QuantizeConfig(BaseModel):
     refine_sweeps: Annotated[Sweeps, Option(Panel.ALGORITHM)] = Field(
         default=0, description="rounds of fitting scales and codes after a layer is solved"
     )
-    asymmetric_calibration: Annotated[Strength, Option(Panel.ALGORITHM, metavar="0..1")] = Field(
+    asymmetric_calibration: Annotated[
+        FollowStrength, Option(Panel.ALGORITHM, metavar="0..1|auto")
+    ] = Field(
         default=0.0,
         description="strength, 0 to 1, of correcting weights for the errors of earlier layers; "
-        "above 0 each block runs twice",
+        "auto: as much as both halves of the text support; above 0 each block runs twice",
     )
     damp_mode: Annotated[Damping, Option(Panel.ALGORITHM)] = Field(
         default="mean",

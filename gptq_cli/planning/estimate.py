@@ -171,7 +171,8 @@ def estimate_memory(
     * experts' inputs: tokens x hidden of all calibration windows, if there are several devices; on
       accelerators once more, since the batches are joined
     * solver: see `_solver_bytes`; or, if that is more, as many panels of [I, I] as sums of batches
-      wait for each other. One chunk of inputs in float32 comes on top
+      wait for each other. One chunk of inputs in float32 comes on top, and if massive tokens are
+      limited, a copy of the inputs of a batch
 
     While images are embedded, the hidden states are in memory beside everything outside of the
     blocks, in the dtype of the forwards. If that is more, it is the peak.
@@ -255,7 +256,7 @@ def solving_bytes(plan: RunPlan, config: QuantizeConfig, device: str, devices: i
     `estimate_memory` tells of.
     """
     bits, streams = _forward_bits(plan, config), _streams(plan)
-    panels = _batches_each(config, devices).bit_length() * (HESSIAN_SHARE + streams - 1)
+    panels = _batches_each(config, devices).bit_length() * _sums(streams)
     sums = int(panels * _most_inputs(plan.quantized) ** 2 * FLOAT)
     solver = _solver_bytes(plan, bits, device)
     tokens, bytes_each = TOKENS_PER_CHUNK, FLOAT
@@ -263,8 +264,10 @@ def solving_bytes(plan: RunPlan, config: QuantizeConfig, device: str, devices: i
         solver = max(solver, _experts_bytes(plan, config.max_vram_bytes))
         if plan.asymmetric:
             tokens, bytes_each = TOKENS_OF_A_SHIFT, BYTES_OF_A_SHIFT
-    tokens = min(tokens, config.batch_size * bounded(config, plan.source).seqlen)
-    return max(solver, sums) + tokens * _most_inputs(plan.layers) * bytes_each
+    batch_tokens = config.batch_size * bounded(config, plan.source).seqlen
+    chunk = min(tokens, batch_tokens) * bytes_each
+    chunk += int(config.limit_massive_tokens) * streams * batch_tokens * bits // 8
+    return max(solver, sums) + chunk * _most_inputs(plan.layers)
 
 
 def _streams(plan: RunPlan) -> int:
@@ -277,6 +280,14 @@ def _streams(plan: RunPlan) -> int:
 def _batches_each(config: QuantizeConfig, devices: int) -> int:
     """Return the number of calibration batches of one of `devices`."""
     return math.ceil(math.ceil(config.nsamples / config.batch_size) / devices)
+
+
+def _sums(streams: int) -> float:
+    """Return the numbers that a batch adds to sums, as a share of [I, I].
+
+    These are a Hessian and, with two streams, a shift for each half of the text.
+    """
+    return HESSIAN_SHARE + 2 * (streams - 1)
 
 
 def _outside_weights(plan: RunPlan) -> int:
@@ -373,13 +384,14 @@ def rows_of_a_part(device: str, in_features: int) -> int:
 def _solver_bytes(plan: RunPlan, bits: int, device: str) -> int:
     """Return the bytes of solving the layer that takes most.
 
-    These are 2 float32 matrices [I, I], a Hessian and its factor; 3 float32 matrices and 2 of codes
-    [rows of a part, I] while columns are rounded; the layer's weights and codes.
+    These are 2 float32 matrices [I, I], a Hessian and its factor, and 2 more with asymmetric
+    calibration, the shifts of two halves of the text; 3 float32 matrices and 2 of codes [rows of a
+    part, I] while columns are rounded; the layer's weights and codes.
     """
     most = 0
     for layer in plan.quantized:
         rows = min(layer.out_features, rows_of_a_part(device, layer.in_features))
-        matrices = _solving_bytes(layer.in_features, rows)
+        matrices = _solving_bytes(layer.in_features, rows, follows=plan.asymmetric)
         most = max(most, matrices + layer.n_weights * (bits // 8 + CODE))
     return most
 
@@ -417,16 +429,20 @@ def _expert_bytes(layers: Sequence[LayerPlan], device: str) -> int:
     rows: Counter[int] = Counter()
     for layer in layers:
         rows[layer.in_features] += layer.out_features
+    follows = any(layer.config.follows_original for layer in layers if layer.config)
     most = 0
     for n, out_features in rows.items():
-        most = max(most, _solving_bytes(n, min(out_features, rows_of_a_part(device, n))))
+        part = min(out_features, rows_of_a_part(device, n))
+        most = max(most, _solving_bytes(n, part, follows=follows))
     return most
 
 
-def _solving_bytes(in_features: int, rows: int) -> int:
-    """Return the bytes of solving some rows, with their Hessian."""
-    hessian_and_factor = 2 * in_features**2 * FLOAT
-    return hessian_and_factor + rows * in_features * (3 * FLOAT + 2 * CODE)
+def _solving_bytes(in_features: int, rows: int, *, follows: bool) -> int:
+    """Return the bytes of solving some rows, with their Hessian, and their shifts if there are."""
+    n_matrices = 2  # the Hessian and its factor
+    if follows:
+        n_matrices += 2
+    return n_matrices * in_features**2 * FLOAT + rows * in_features * (3 * FLOAT + 2 * CODE)
 
 
 # ---------------------------------------------------------------- work, in multiplications
@@ -457,11 +473,13 @@ def solve_products(config: LayerConfig) -> float:
     """Return how many products of the weight [O, I] with a matrix [I, I] a layer takes."""
     compensation = 0.5
     reporting = 1.5  # three energies of half a product each, as the Hessian is symmetric
-    refining = following = 0
+    refining, following = 0, 0.0
     if config.refine_sweeps:
         refining = 1 + config.refine_sweeps
-    if config.asymmetric_calibration > 0:
-        following = 2  # a product, and two solutions with a triangular matrix
+    if config.follows_original:
+        following = 3  # two products, and two solutions with a triangular matrix
+    if config.asymmetric_calibration == "auto":
+        following += 0.5  # one more solution
     return compensation + refining + reporting + following
 
 
@@ -610,7 +628,7 @@ def _stage_seconds(
     config = quantized[0].config
     assert config is not None
     streams = 1
-    if config.asymmetric_calibration:
+    if config.follows_original:
         streams = 2
     rows = _rows(quantized)
     sent = float(rows * n)
@@ -620,7 +638,7 @@ def _stage_seconds(
         hessian_share, factor_share = busiest, 1.0
         parts = math.ceil(rows / rows_of_a_part("cuda", n))
         solve_share = math.ceil(parts / devices) / parts
-        sent += 2 * HESSIAN_SHARE * 4 * n**2 + (streams - 1) * 2 * 4 * n**2
+        sent += 2 * 4 * n**2 * _sums(streams)
     solving = 0.0
     for layer in quantized:
         solving += solve_cost(layer)

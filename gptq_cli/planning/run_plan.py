@@ -162,7 +162,7 @@ class RunPlan:
     @property
     def asymmetric(self) -> bool:
         """True if a layer is calibrated on the inputs of the unquantized model as well."""
-        return any(layer.config.asymmetric_calibration > 0 for layer in self.layers if layer.config)
+        return any(layer.config.follows_original for layer in self.layers if layer.config)
 
     @property
     def split_experts(self) -> list[str]:

@@ -71,6 +71,7 @@ class Layer(BaseModel):
     tokens: Count
     fallback: Text | None = None
     rtn_rows: Count | None = None
+    asymmetric_calibration: Share = None
 
 
 class Block(BaseModel):

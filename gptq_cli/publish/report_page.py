@@ -57,6 +57,7 @@ def render(run: Mapping[str, Any]) -> str:
         "mean": _mean(run["layers"], "relative_error"),
         "rtn": _mean(run["layers"], "rtn_relative_error"),
         "rtn_sampled": any(layer.get("rtn_rows") for layer in run["layers"]),
+        "followed": strengths_of(run["layers"]),
         "heat": Markup(as_svg(_heat(run), "heat")),
         "experts": None,
         "coverage": None,
@@ -74,6 +75,30 @@ def render(run: Mapping[str, Any]) -> str:
     if run["blocks"]:
         parts["bars"] = Markup(as_svg(_bars(run["blocks"]), "bars"))
     return environment.get_template("report.html.j2").render(run=run, **parts)
+
+
+@dataclass(frozen=True, slots=True)
+class StrengthRow:
+    """The strengths of asymmetric calibration of a linear over all blocks."""
+
+    linear: str
+    least: float
+    mean: float
+    most: float
+
+
+def strengths_of(layers: Sequence[Mapping[str, Any]]) -> list[StrengthRow]:
+    """Return a row for each linear that follows the unquantized model."""
+    found: dict[str, list[float]] = defaultdict(list)
+    for layer in layers:
+        strength = layer.get("asymmetric_calibration")
+        if strength is not None:
+            found[_linear(layer["name"])].append(strength)
+    rows = []
+    for linear, strengths in found.items():
+        mean = math.fsum(strengths) / len(strengths)
+        rows.append(StrengthRow(linear, min(strengths), mean, max(strengths)))
+    return rows
 
 
 @dataclass(frozen=True, slots=True)

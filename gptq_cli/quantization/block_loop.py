@@ -129,15 +129,16 @@ def embed(run: Run) -> list[HiddenStates]:
 
 
 def nothing_seen(stage: Stage, forwards: Forwards, run: Run) -> HessianOfBatches | RoutedInputs:
-    name = stage.names[0]
+    name, limited = stage.names[0], run.config.limit_massive_tokens
     experts = []
     for passage in forwards.passages:
         module = passage.called[name]
         if isinstance(module, Experts):
             experts.append(module)
     if experts:
-        return RoutedInputs(name, experts)
-    return HessianOfBatches(run.layers[name].in_features, run.stream.device)
+        return RoutedInputs(name, experts, limited)
+    in_features = run.layers[name].in_features
+    return HessianOfBatches(in_features, run.stream.device, limited=limited)
 
 
 # ------------------------------------------------------------ forwards through a block

@@ -9,7 +9,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate, chain, groupby
 
@@ -40,6 +40,9 @@ from gptq_cli.solver.solve import Solution, solve_together
 LOST_SHARE = 0.01  # warn of every layer with more of its scales at the smallest number
 SUBNORMAL_SHARE = 0.5  # warn once of a layer with at least this share of subnormal scales
 
+# Of each expert those of both halves of the text, [I, I]; none without asymmetric calibration
+Shifts = Sequence[Sequence[Tensor]]
+
 
 @dataclass(frozen=True, slots=True)
 class SolvedLayer:
@@ -64,16 +67,14 @@ class Inputs:
     """
 
     hessians: Tensor  # [E, I, I]
-    shifts: Tensor | None  # [E, I, I]
+    shifts: Shifts
     tokens: Sequence[int]  # that each expert saw
     first_not_finite: Callable[[int], tuple[int, int] | None]
 
     @classmethod
     def of(cls, seen: HessianAccumulator) -> Inputs:
         """Return the inputs of one layer, on the memory of their sums."""
-        shifts = seen.shift
-        if shifts is not None:
-            shifts = shifts[None]
+        shifts = [seen.shifts] if seen.shifts else []
         return cls(seen.hessian[None], shifts, [seen.tokens], lambda _: seen.first_not_finite())
 
     @classmethod
@@ -84,16 +85,14 @@ class Inputs:
         first_not_finite: Callable[[int], tuple[int, int] | None],
     ) -> Inputs:
         """Return the inputs of several experts; each of `sums` is copied, then dropped."""
-        hessians = shifts = None
-        tokens = []
+        hessians: Tensor | None = None
+        shifts, tokens = [], []
         for expert, seen in enumerate(sums):
             if hessians is None:
                 hessians = seen.sums[0].new_empty(n_experts, seen.in_features, seen.in_features)
             seen.write_to(hessians[expert])
-            if seen.shift is not None:
-                if shifts is None:
-                    shifts = seen.shift.new_zeros(n_experts, *seen.shift.shape)
-                shifts[expert] = seen.shift
+            if seen.shifts:
+                shifts.append(seen.shifts)
             tokens.append(seen.tokens)
         assert hessians is not None
         return cls(mirror_(hessians), shifts, tokens, first_not_finite)
@@ -101,14 +100,14 @@ class Inputs:
 
 @dataclass(frozen=True, slots=True)
 class UsableHessians:
-    """Hessians [E, I, I] that layers can be solved with, their factor, and shifts [E, I, I].
+    """Hessians [E, I, I] that layers can be solved with, their factor, and shifts.
 
     `fallbacks` tell why the layers of each expert are rounded to nearest, or that they saw no
     tokens; None if neither.
     """
 
     hessians: Tensor
-    shifts: Tensor | None
+    shifts: Shifts
     factor: HessianFactor
     fallbacks: Sequence[Fallback | None]
 
@@ -149,24 +148,29 @@ class LayerSolver:
             cut = [row_parts(layers, most) for layers in together]
             parts = [list(chain(*same)) for same in zip(*cut, strict=True)]
             owners = ranks.deal([sum(map(len, part)) for part in parts])
-            mine: dict[int, list[Solution]] = {}
+            mine: dict[int, list[tuple[Solution, Tensor | None]]] = {}
             for number, part in enumerate(parts):
                 if owners[number] != ranks.rank:
                     continue
                 with located([rows.layer for rows in part], list(map(len, part))):
-                    weights = self._weights(part, usable, config)
-                    mine[number] = solve_together(weights, usable.hessians, usable.factor, config)
+                    weights, strengths = self._weights(part, usable, config)
+                    solutions = solve_together(weights, usable.hessians, usable.factor, config)
+                    mine[number] = list(zip(solutions, strengths, strict=True))
             self._read = None
-            found: dict[str, list[Solution]] = defaultdict(list)
-            for part, solutions in zip(parts, ranks.exchange(mine, owners), strict=True):
-                for rows, solution in zip(part, solutions, strict=True):
-                    found[rows.layer.name].append(solution)
+            found: dict[str, list[tuple[Solution, Tensor | None]]] = defaultdict(list)
+            for part, results in zip(parts, ranks.exchange(mine, owners), strict=True):
+                for rows, result in zip(part, results, strict=True):
+                    found[rows.layer.name].append(result)
             n_rows = sum(layer.out_features for layer in chain(*together))
             seconds_per_row = (time.perf_counter() - started) / n_rows
             for expert, layers in enumerate(together):
                 for layer in layers:
-                    solution = Solution.of_rows(found.pop(layer.name))
-                    yield self._solved(layer, expert, solution, usable, inputs, seconds_per_row)
+                    of_rows, followed = zip(*found.pop(layer.name), strict=True)
+                    solution = Solution.of_rows(of_rows)
+                    solved = self._solved(layer, expert, solution, usable, inputs, seconds_per_row)
+                    strength = _strength(config, followed)
+                    report = replace(solved.report, asymmetric_calibration=strength)
+                    yield replace(solved, report=report)
 
     def put_back(self, solved: SolvedLayer, linears: Mapping[str, nn.Module]) -> None:
         """Replace the weight of the layer's linear with the dequantized weight."""
@@ -268,18 +272,22 @@ class LayerSolver:
 
     def _weights(
         self, part: Sequence[Rows], usable: UsableHessians, config: LayerConfig
-    ) -> list[Tensor]:
-        """Return the weights [rows, in_features] to quantize, corrected if the layers want it."""
+    ) -> tuple[list[Tensor], list[Tensor | None]]:
+        """Return the weights [rows, in_features] to quantize, corrected if the layers want it.
+
+        The second list has the strengths [rows] of the corrections, None for weights without one.
+        """
         weights = [self._whole(rows.layer)[rows.start : rows.stop] for rows in part]
-        if not config.asymmetric_calibration or usable.shifts is None:
-            return weights
+        strengths: list[Tensor | None] = [None] * len(weights)
+        if not config.follows_original or not usable.shifts:
+            return weights, strengths
         per_expert = len(part) // len(usable.shifts)
-        followed = []
         for number, weight in enumerate(weights):
             expert = number // per_expert
-            shift, factor = usable.shifts[expert], usable.factor.of(expert)
-            followed.append(follow_original(weight, shift, factor, config.asymmetric_calibration))
-        return followed
+            shifts, factor = usable.shifts[expert], usable.factor.of(expert)
+            followed = follow_original(weight, shifts, factor, config.asymmetric_calibration)
+            weights[number], strengths[number] = followed
+        return weights, strengths
 
     def _whole(self, layer: LayerPlan) -> Tensor:
         if self._read is None or self._read[0] != layer.name:
@@ -370,16 +378,28 @@ def _reason(error: NonFiniteHessianError | NotPositiveDefiniteError) -> Fallback
     return "hessian"
 
 
-def _forgotten(
-    hessians: Tensor, shifts: Tensor | None, experts: Sequence[int]
-) -> tuple[Tensor, Tensor | None]:
-    """Return Hessians and shifts [E, I, I] with nothing known of the inputs of `experts`."""
+def _forgotten(hessians: Tensor, shifts: Shifts, experts: Sequence[int]) -> tuple[Tensor, Shifts]:
+    """Return Hessians and shifts with nothing known of the inputs of `experts`."""
     hessians = hessians.clone()
     hessians[experts] = torch.eye(hessians.shape[-1], device=hessians.device).to(hessians.dtype)
-    if shifts is not None:
-        shifts = shifts.clone()
-        shifts[experts] = 0
-    return hessians, shifts
+    known = list(shifts)
+    for expert in experts:
+        if known:
+            known[expert] = [torch.zeros_like(shift) for shift in known[expert]]
+    return hessians, known
+
+
+def _strength(config: LayerConfig, of_rows: Sequence[Tensor | None]) -> float | None:
+    """Return the strength with which a layer follows the unquantized model, None if it does not.
+
+    If the text has decided it, this is the mean over the rows, for which the host waits.
+    """
+    found = [strengths for strengths in of_rows if strengths is not None]
+    if not found:
+        return None
+    if config.asymmetric_calibration != "auto":
+        return float(config.asymmetric_calibration)
+    return float(torch.cat(found).mean())
 
 
 def of_one_configuration(layers: Sequence[LayerPlan]) -> list[list[LayerPlan]]:

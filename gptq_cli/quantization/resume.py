@@ -60,7 +60,7 @@ from gptq_cli.storage.work_directory import (
 )
 
 # A release that writes other bytes, or saves its work in another form, counts this up.
-REVISION = 6
+REVISION = 7
 
 Identity = dict[str, Any]
 

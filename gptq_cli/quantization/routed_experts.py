@@ -33,6 +33,7 @@ class RoutedInputs:
 
     name: str  # the prefix of the names of the experts' linears
     experts: Sequence[Experts]  # of each model
+    limited: bool = False  # as for HessianAccumulator
     batches: list[tuple[Routed, ...]] = field(default_factory=list)
     joined: Sequence[int] = ()  # the tokens of each batch, if they were joined into one
 
@@ -64,13 +65,14 @@ class RoutedInputs:
         in_features = expert.up_proj.in_features
         if down:
             in_features = expert.down_proj.in_features
-        hessian = HessianAccumulator(in_features, device)
-        for batch, mine in zip(self.batches, rows, strict=True):
+        hessian = HessianAccumulator(in_features, device, limited=self.limited)
+        for place, (batch, mine) in enumerate(zip(self.batches, rows, strict=True)):
             inputs = _taken(batch, mine)
             if down:
                 for model, experts in enumerate(self.experts):
                     inputs[model] = experts.intermediate(number, inputs[model])
-            hessian.add(*inputs)
+            first, *others = inputs
+            hessian.add(first, next(iter(others), None), half=place % 2)
         return hessian
 
     def first_not_finite(

@@ -25,6 +25,17 @@ W* = W + α W C (H + λI)⁻¹,    H = Σ x xᵀ,    C = Σ (x₀ - x) xᵀ
 Σ ‖W x₀ - Q x‖² is Σ ‖(W* - Q) x‖² plus a constant, so W* is quantized as any other weight. A
 strength α below 1 avoids an overfit to the calibration text. Source: QEP (Arai and Ichikawa 2025,
 arXiv 2504.09629).
+
+How much of the correction is overfit shows in two halves of the windows, with shifts C₁ and C₂.
+What all text has in common is in both of them. What is peculiar to some text has a random sign and
+is as large in the contrast C₁ - C₂ as in C = C₁ + C₂. For a row w of W, with lengths in the metric
+of (H + λI)⁻¹, the strength with the least expected error is therefore
+
+β = 1 - ‖w (C₁ - C₂)‖² / ‖w C‖²,    or 0 if that is negative.
+
+This is the estimator of James and Stein (1961) in its positive part, with the noise measured. It is
+best for one layer alone and for more text of the same kind. α = β / 2 is as good for the whole
+model, and better on other text (docs/accuracy.md).
 """
 
 from __future__ import annotations
@@ -35,7 +46,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from gptq_cli.config.layer import LayerConfig
+from gptq_cli.config.layer import LayerConfig, Strength
 from gptq_cli.solver.numerics import (
     Split,
     add_product_,
@@ -107,6 +118,8 @@ DAMPING_STEP = 4.0
 COLUMNS_PER_TOKEN = 0.5
 # Smaller matrices on CUDA are factorised as one panel, by its library and in full float32:
 BLOCKED_FROM = 16384
+# Share of the strength that two halves of the text support, for layers behind and for other text:
+USED_SHARE = 0.5
 # Share of the loudest channel's energy. Diagonal damping treats a quieter channel as this loud:
 QUIETEST = 1e-10
 
@@ -381,20 +394,34 @@ def _subtract_square_(matrix: Tensor, factor: Tensor, panel: int) -> None:
 @torch.no_grad()
 @full_precision()
 def follow_original(
-    weight: Tensor, shift: Tensor, prepared: HessianFactor, strength: float
-) -> Tensor:
-    """Return W* [O, I], which makes up for the changed inputs of a layer (see the module).
+    weight: Tensor, shifts: Sequence[Tensor], prepared: HessianFactor, strength: Strength
+) -> tuple[Tensor, Tensor]:
+    """Return W* [O, I], which makes up for the changed inputs of a layer, and its strengths [O].
 
-    `weight` is W [O, I], `shift` is C [I, I], and `strength` is α. W* has the dtype of the factors.
-    Source: QEP (Arai and Ichikawa 2025, arXiv 2504.09629).
+    `weight` is W [O, I], `shifts` are C₁ and C₂ [I, I], and `strength` is α (see the module). If it
+    is "auto", each row gets the strength that both halves of the text support. W* has the dtype of
+    the factors.
+    Source: QEP (Arai and Ichikawa 2025, arXiv 2504.09629); James and Stein (1961).
     """
     R, D, order = prepared.R, prepared.D, prepared.order.permutation
     weight = weight.to(R.dtype)
-    pull = multiply(weight, shift.to(R.dtype))[:, order]
-    # Solve X R D Rᵀ = pull from the right: first with Rᵀ, then with R.
-    scaled = _solve_unit(pull, R.T, upper=False)
-    change = _solve_unit(scaled.div_(D), R, upper=True)
-    return weight + strength * change[:, order.argsort()]
+    first, second = [multiply(weight, shift.to(R.dtype))[:, order] for shift in shifts]
+    # Solve X R D Rᵀ = W C from the right: first with Rᵀ, then with R.
+    pull = _solve_unit(first + second, R.T, upper=False)
+    if strength == "auto":
+        strengths = _supported(pull, _solve_unit(first.sub_(second), R.T, upper=False), D)
+    else:
+        strengths = torch.full_like(weight[:, 0], strength)
+    change = _solve_unit(pull.div_(D), R, upper=True)
+    return weight + strengths[:, None] * change[:, order.argsort()], strengths
+
+
+def _supported(pull: Tensor, noise: Tensor, D: Tensor) -> Tensor:
+    """Return α of each row [O], 0 for a row without a pull."""
+    whole, peculiar = (pull.square() / D).sum(1), (noise.square() / D).sum(1)
+    smallest = torch.finfo(whole.dtype).tiny
+    best = (1 - peculiar / whole.clamp(min=smallest)).clamp(min=0).masked_fill(whole == 0, 0)
+    return USED_SHARE * best
 
 
 def _solve_unit(matrix: Tensor, triangle: Tensor, *, upper: bool) -> Tensor:

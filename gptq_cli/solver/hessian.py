@@ -3,7 +3,13 @@
 The result of GPTQ does not depend on the scale of H, so H stays a plain sum, without a factor or a
 mean. H is symmetric: only the blocks on and above the diagonal are computed and kept, a little over
 half of the work and memory. They are mirrored when H is read. If the inputs x₀ of the unquantized
-model are given too, the shift C = Σ (x₀ - x) xᵀ is summed as well (see `factor`).
+model are given too, the shift C = Σ (x₀ - x) xᵀ is summed as well, for each half of the windows:
+`factor` compares the two.
+
+Some models have massive activations: the first token of a window, or a few others, has thousands of
+times the energy of the median token (Sun et al. 2024, arXiv 2402.17762). Such tokens would be
+nearly all of H, and of its damping, although the norms of the next layers make of each no more than
+a token. If tokens are `limited`, each counts at most as 16 median tokens of its batch.
 
 `HessianOfBatches` adds batches in a binary tree over their numbers. The order of additions, and
 thus every bit of H, does not depend on how batches are shared among processes.
@@ -70,6 +76,7 @@ def _siblings(left: Node[Value], right: Node[Value]) -> bool:
 
 # Bound the float32 copy of the inputs. Each chunk of a shift on CUDA reads and writes the sum.
 TOKENS_PER_CHUNK = {"cpu": 1024, "cuda": 4096}
+LONGEST = 4.0  # times the length of the median token; its square is 16
 PANELS = 8  # on the CPU; they need 9/16 of the products of a full multiplication
 SMALLEST_PANEL = 128
 # Columns of a panel on CUDA: a row of 16 x 8 tiles of 128 x 256 keeps a large GPU busy, and no
@@ -81,13 +88,14 @@ class HessianAccumulator:
     """The sum of x xᵀ over the inputs of one or more linear layers that see the same tensor.
 
     The sum is float32, or float64 after float64 inputs were added. `tokens` counts the rows added
-    so far. `shift` [I, I] is Σ (x₀ - x) xᵀ over the rows that were added with their original x₀,
-    None if there are none.
+    so far; if they are `limited`, long ones were scaled down.
     """
 
-    def __init__(self, in_features: int, device: torch.device | str) -> None:
-        self.tokens = 0
-        self.shift: Tensor | None = None
+    def __init__(
+        self, in_features: int, device: torch.device | str, *, limited: bool = False
+    ) -> None:
+        self.tokens, self._limited = 0, limited
+        self._shifts: list[Tensor | None] = [None, None]
         self._size, self._device, self._dtype = in_features, torch.device(device), torch.float32
         self._bounds = _panels(in_features, self._device)
         self._panels: list[Tensor] = []  # empty until they are needed on CUDA
@@ -98,12 +106,14 @@ class HessianAccumulator:
 
     @torch.no_grad()
     @full_precision()
-    def add(self, inputs: Tensor, original: Tensor | None = None) -> None:
+    def add(self, inputs: Tensor, original: Tensor | None = None, half: int = 0) -> None:
         """Add inputs [..., I]; all leading dimensions count tokens, so there must be no padding.
 
-        `original` [..., I] are the inputs of the same tokens in the unquantized model.
+        `original` [..., I] are the inputs of the same tokens in the unquantized model. Of the items
+        of the first dimension, such as windows, those before the middle belong to one half of the
+        text and the others to the other half; the one in the middle belongs to `half`.
         """
-        tokens = inputs.reshape(-1, self._size)
+        tokens, original = self._rows(inputs, original)
         if tokens.dtype == torch.float64 != self._dtype:
             self._dtype, self._whole = torch.float64, None
             self._panels = [panel.double() for panel in self._panels]
@@ -114,9 +124,19 @@ class HessianAccumulator:
                 for chunk in torch.split(tokens, TOKENS_PER_CHUNK[self._device.type]):
                     self._add_products(chunk.to(self._dtype))
         if original is not None:
-            self._add_shift(tokens, original.reshape(tokens.shape))
+            n_items = (len(inputs) + 1 - half) // 2
+            self._add_halves(tokens, original, n_items * len(tokens) // max(1, len(inputs)))
         self.tokens += tokens.shape[0]
         self.finite.append(torch.isfinite(torch.cat(self._diagonal())).all())
+
+    def _rows(self, inputs: Tensor, original: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Return both as rows [n, I], scaled down if tokens are limited."""
+        tokens = inputs.reshape(-1, self._size)
+        if original is not None:
+            original = original.reshape(tokens.shape)
+        if self._limited and len(tokens):
+            return _limited(tokens, original)
+        return tokens, original
 
     @property
     def in_features(self) -> int:
@@ -131,14 +151,24 @@ class HessianAccumulator:
             mine += theirs
 
     @property
+    def shifts(self) -> list[Tensor]:
+        """Σ (x₀ - x) xᵀ [I, I] over each half of the text; none if no original x₀ was added."""
+        first, second = self._shifts
+        known = first if second is None else second
+        if known is None:
+            return []
+        for half, shift in enumerate(self._shifts):
+            if shift is None:
+                self._shifts[half] = torch.zeros_like(known)
+        return [shift for shift in self._shifts if shift is not None]
+
+    @property
     def sums(self) -> list[Tensor]:
         """The tensors that hold the sums; accumulators of inputs of one kind have equal shapes.
 
         They exist after the first `add`.
         """
-        if self.shift is None:
-            return [*self._panels]
-        return [*self._panels, self.shift]
+        return [*self._panels, *self.shifts]
 
     def add_identity(self) -> None:
         """Add the identity without tokens, with which solving a layer is rounding to nearest."""
@@ -204,29 +234,60 @@ class HessianAccumulator:
             else:
                 self._panels[number] += product
 
-    def _add_shift(self, tokens: Tensor, original: Tensor) -> None:
+    def _add_halves(self, tokens: Tensor, original: Tensor, cut: int) -> None:
+        """Add the shift of the tokens before `cut` to the first half, that of others to the second.
+
+        A half without tokens is left out, except if there are none at all.
+        """
+        for half, rows in enumerate((slice(0, cut), slice(cut, None))):
+            if len(tokens[rows]) or not len(tokens):
+                self._add_shift(tokens[rows], original[rows], half)
+
+    def _add_shift(self, tokens: Tensor, original: Tensor, half: int) -> None:
         n_tokens = TOKENS_PER_CHUNK[self._device.type]
         for chunk, before in zip(tokens.split(n_tokens), original.split(n_tokens), strict=True):
             if _exact_on_tensor_cores(chunk):
-                self._add_split_shift(chunk, before)
+                self._add_split_shift(chunk, before, half)
                 continue
-            if self.shift is None:
-                self.shift = chunk.new_zeros(self._size, self._size, dtype=self._dtype)
-            inputs = chunk.to(self.shift.dtype)
-            self.shift.addmm_((before.to(self.shift.dtype) - inputs).T, inputs)
+            shift = self._shifts[half]
+            if shift is None:
+                shift = chunk.new_zeros(self._size, self._size, dtype=self._dtype)
+                self._shifts[half] = shift
+            inputs = chunk.to(shift.dtype)
+            shift.addmm_((before.to(shift.dtype) - inputs).T, inputs)
 
-    def _add_split_shift(self, tokens: Tensor, original: Tensor) -> None:
+    def _add_split_shift(self, tokens: Tensor, original: Tensor, half: int) -> None:
         """Add (x₀ - x) xᵀ on tensor cores, where x₀ - x is the sum of two 16-bit numbers.
 
         Both parts are rows of one product, which reads and writes the sum only once.
         """
         difference = torch.cat(split(original.float() - tokens.float(), tokens.dtype)).T
         twice = torch.cat([tokens, tokens])
-        if self.shift is None:
-            self.shift = _product(difference, twice)
+        shift = self._shifts[half]
+        if shift is None:
+            self._shifts[half] = _product(difference, twice)
             return
         for start, stop in self._bounds:  # which bounds the memory of the product
-            self.shift[:, start:stop] += _product(difference, twice[:, start:stop])
+            shift[:, start:stop] += _product(difference, twice[:, start:stop])
+
+
+def _limited(tokens: Tensor, original: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Return tokens [n, I] and their originals, with those tokens scaled down that are too long.
+
+    A token may be `LONGEST` times as long as the median token. Factors are powers of 2, so that
+    scaled numbers of 16 bits are exact. Tokens without a finite length stay as they are.
+    """
+    dtype = torch.promote_types(tokens.dtype, torch.float32)
+    lengths = torch.linalg.vector_norm(tokens, dim=1, dtype=dtype)
+    limit = LONGEST * lengths.median()  # 0 if most tokens are zero: then none is scaled
+    too_long = (lengths > limit) & (limit > 0) & lengths.isfinite()
+    excess = torch.where(too_long, lengths / limit, 1.0)
+    factors = torch.exp2(-excess.log2().ceil()).to(tokens.dtype).unsqueeze(1)
+    if tokens.is_cpu and bool((factors == 1).all()):
+        return tokens, original  # without a copy
+    if original is not None:
+        original = original * factors
+    return tokens * factors, original
 
 
 def mirror_(matrices: Tensor) -> Tensor:
@@ -255,8 +316,10 @@ class HessianOfBatches:
     Batches must be added in the order of their numbers.
     """
 
-    def __init__(self, in_features: int, device: torch.device | str) -> None:
-        self._new = partial(HessianAccumulator, in_features, device)
+    def __init__(
+        self, in_features: int, device: torch.device | str, *, limited: bool = False
+    ) -> None:
+        self._new = partial(HessianAccumulator, in_features, device, limited=limited)
         self._batch = -1
         self._open: HessianAccumulator | None = None
         self._nodes: list[Node[HessianAccumulator]] = []
@@ -266,7 +329,7 @@ class HessianOfBatches:
         if batch != self._batch or self._open is None:
             self._close()
             self._batch, self._open = batch, self._new()
-        self._open.add(inputs, original)
+        self._open.add(inputs, original, batch % 2)
 
     def nodes(self) -> list[Node[HessianAccumulator]]:
         """Return the sums over all batches so far, as few as the order of additions allows."""

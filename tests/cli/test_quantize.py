@@ -253,6 +253,23 @@ def test_the_summary_tells_of_a_sample_of_rows(
     assert len(quantizer.calls) == 1
 
 
+def test_summary_and_log_tell_the_strengths_of_following(
+    gptq: Run, quantizer: FakeQuantizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usual = conftest.layer_report
+
+    def followed(index: int, *arguments: Any, **named: Any) -> LayerReport:
+        report = usual(index, *arguments, **named)
+        return replace(report, asymmetric_calibration=0.25 + index / 2)
+
+    monkeypatch.setattr(conftest, "layer_report", followed)
+    result = gptq("quantize", "org/name", "-b", "4", "-v")
+    words = "follow strength 0.50 of asymmetric calibration on average, from 0.25 to 0.75\n"
+    assert words in result.stdout
+    assert "damp 0.1 follows 0.75 tokens 4096" in result.stderr
+    assert len(quantizer.calls) == 1
+
+
 @pytest.mark.parametrize(
     ("words", "serving"),
     [

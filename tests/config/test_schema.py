@@ -82,7 +82,7 @@ def test_defaults_are_those_of_balanced_and_of_optimum() -> None:
         ),
         (
             {"preset": "best"},
-            {"asymmetric_calibration": 0.75, "signed_scales": True, "refine_sweeps": 4},
+            {"asymmetric_calibration": "auto", "signed_scales": True, "refine_sweeps": 4},
         ),
         (
             {"preset": "best", "asymmetric_calibration": 0.0},

@@ -100,7 +100,9 @@ def test_refinement_and_asymmetric_calibration_cost_more() -> None:
     followed = replace(plain, config=LayerConfig(asymmetric_calibration=0.5))
     assert solve_cost(plain) == 2 * 16 * 12**2
     assert solve_cost(refined) == solve_cost(plain) + 5 * 16 * 12**2
-    assert solve_cost(followed) == solve_cost(plain) + 2 * 16 * 12**2
+    assert solve_cost(followed) == solve_cost(plain) + 3 * 16 * 12**2
+    auto = replace(plain, config=LayerConfig(asymmetric_calibration="auto"))
+    assert solve_cost(auto) == solve_cost(followed) + 0.5 * 16 * 12**2
     other_work = 10 * 16 * 12 + 9 / 16 * 10 * 12**2 + 12**3 / 6
     assert expert_cost([plain], 10) == other_work + solve_cost(plain)
     one_model = estimate_seconds([plain], TEXT, 1, 0, ONE).forward

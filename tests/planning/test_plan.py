@@ -126,7 +126,8 @@ def test_the_memory_estimate_is_the_sum_of_documented_terms(tmp_path: Path) -> N
     assert terms["hidden states"] == tokens * 64 * 2
     assert terms["waiting batches"] == tokens * (2 * 64 + 128) * 2
     assert terms["block"] == block * 2
-    assert terms["solver"] == 2 * 128**2 * 4 + 64 * 128 * (3 * 4 + 2 + 2 + 1) + 4 * 64 * 128 * 4
+    solving = 2 * 128**2 * 4 + 64 * 128 * (3 * 4 + 2 + 2 + 1)
+    assert terms["solver"] == solving + 4 * 64 * 128 * 4 + 4 * 64 * 128 * 2
     settings = config(nsamples=6, seqlen=64, batch_size=2, true_sequential=False)
     replayed = estimate_memory(plan, settings)
     terms = {term.what: term.nbytes for term in replayed.cpu}
@@ -149,6 +150,19 @@ def test_a_limit_leaves_out_batches_that_wait_but_one(option: str, tmp_path: Pat
         assert getattr(limited, other) == getattr(most, other)
         names = [term.what for term in getattr(limited, part)]
         assert names == [term.what for term in getattr(most, part)]
+
+
+@pytest.mark.parametrize(("preset", "n_square", "copies"), [("balanced", 2, 1), ("best", 4, 2)])
+def test_presets_need_memory_for_copies_and_shifts(
+    preset: str, n_square: int, copies: int, tmp_path: Path
+) -> None:
+    model = save_model(tmp_path / "model", dtype=torch.bfloat16)
+    settings = config(nsamples=6, seqlen=64, preset=preset)
+    plan = plan_run(model, settings)
+    terms = {term.what: term.nbytes for term in estimate_memory(plan, settings).cpu}
+    tokens, n = 4 * 64, 128
+    solving = n_square * n**2 * 4 + 64 * n * (3 * 4 + 2 + 2 + 1)
+    assert terms["solver"] == solving + tokens * n * 4 + copies * tokens * n * 2
 
 
 @pytest.mark.parametrize("family", ["gemma3", "qwen3_vl"])

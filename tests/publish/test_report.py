@@ -263,6 +263,20 @@ def test_the_page_tells_of_errors_from_a_sample_of_rows(finished: Path) -> None:
     assert (words in usual, words in page) == (False, True)
 
 
+def test_the_page_shows_strengths_of_asymmetric_calibration(finished: Path) -> None:
+    run = data_of(finished) | {"choice": None, "evaluation": None}
+    assert "Asymmetric calibration" not in render(run)
+    for layer in run["layers"]:
+        if layer["name"].endswith("q_proj"):
+            layer["asymmetric_calibration"] = (layer["block"] + 1) / 8
+    strengths = [layer["block"] for layer in run["layers"] if "q_proj" in layer["name"]]
+    assert strengths == [0, 1, 2]
+    page = render(run)
+    assert "Asymmetric calibration" in page
+    cells = "<td>q_proj</td><td>0.12</td><td>0.25</td><td>0.38</td>"
+    assert page.count(cells) == 1
+
+
 def experts(tokens: list[list[int]]) -> list[dict[str, Any]]:
     """What `quantize --json` says of mixtures, as far as the page reads it."""
     return [

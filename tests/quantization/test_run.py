@@ -25,8 +25,9 @@ from gptq_cli.events import BlockFinished, BlockStarted, Event, LayerSolved, Run
 from gptq_cli.planning.plan import plan_run
 from gptq_cli.quantization import run
 from gptq_cli.quantization.run import quantize_checkpoint
+from gptq_cli.solver import hessian as hessian_module
 from tests.families import FAMILIES, save_model
-from tests.reference import follow, gptq
+from tests.reference import follow, gptq, limited
 from tests.runs import config, digest, quantize, quantize_with_events, reader
 
 
@@ -49,6 +50,20 @@ def described(output: Path) -> dict[str, Any]:
     return settings
 
 
+LONGEST = 1.01  # these models have no massive tokens, so a third of their tokens stand for them
+HALF: dict[str, object] = {"asymmetric_calibration": 0.5}
+
+
+def halves(n_windows: int, settings: QuantizeConfig) -> Tensor:
+    """Return 1 for windows of one half of the text and -1 for the other, batch by batch."""
+    sides: list[int] = []
+    while len(sides) < n_windows:
+        n = min(settings.batch_size, n_windows - len(sides))
+        assert n % 2 == 0
+        sides += [1] * (n // 2) + [-1] * (n // 2)
+    return torch.tensor(sides)
+
+
 def slow_quantize(
     model: Path,
     windows: Tensor,
@@ -69,12 +84,15 @@ def slow_quantize(
         for names in stages:
             full = [f"model.layers.{block}.{name}" for name in names]
             tokens = input_of(whole, full[0], windows)
-            hessian = tokens.T @ tokens
             originals = input_of(untouched, full[0], windows)
+            if settings.limit_massive_tokens:
+                limited(tokens, originals, settings.batch_size * settings.seqlen, LONGEST)
+            hessian = tokens.T @ tokens
+            sides = halves(len(windows), settings).repeat_interleave(settings.seqlen)
             for name in full:
                 weight = modules[name].weight.detach()
                 if settings.asymmetric_calibration:
-                    weight = follow(weight.double(), tokens, originals, settings.base)
+                    weight = follow(weight.double(), tokens, originals, settings.base, sides)
                 codes[name] = gptq(weight, hessian, settings.base, len(tokens)).codes
             for name in full:
                 modules[name].weight.data = ours.linear(name).dequantize(torch.float32)
@@ -91,7 +109,9 @@ def slow_quantize(
         {"preset": "gptq", "act_group_aware": False},
         {"preset": "fast"},
         {"preset": "fast", "scale_search": "mse"},
+        {"preset": "fast", "limit_massive_tokens": False},
         {"preset": "fast", "asymmetric_calibration": 0.75},
+        {"preset": "fast", "asymmetric_calibration": "auto"},
         {"preset": "gptq", "bits": 3, "asymmetric_calibration": 0.25},
     ],
     ids=str,
@@ -109,6 +129,7 @@ def test_codes_equal_a_stage_by_stage_whole_model_reference(
 
     original = run.calibrate
     monkeypatch.setattr(run, "calibrate", spy)
+    monkeypatch.setattr(hessian_module, "LONGEST", LONGEST)
     output, _ = quantize(tmp_path, model, **settings)
     attention, mlp = "self_attn", "mlp"
     stages = [
@@ -124,6 +145,21 @@ def test_codes_equal_a_stage_by_stage_whole_model_reference(
         different = (ours.linear(name).codes.double() != codes).double().mean()
         # Forwards in float32 and sums in float64 differ in a few ties.
         assert different < 0.01, f"{name}: {different:.2%} of the codes differ"
+
+
+def test_the_report_has_the_strength_with_which_each_layer_follows(tmp_path: Path) -> None:
+    model = save_model(tmp_path / "model", num_hidden_layers=2)
+    strengths = {}
+    for name, settings in {"auto": {"preset": "best"}, "none": {}, "half": HALF}.items():
+        _, result = quantize(tmp_path, model, bits=2, **settings)
+        strengths[name] = [layer.asymmetric_calibration for layer in result.layers]
+    assert strengths["none"] == [None] * 14
+    assert strengths["half"] == [0.5] * 14
+    found = strengths["auto"]
+    assert found[:3] == [0.0] * 3  # q, k and v of the first block see unchanged inputs
+    assert min(found[3:]) < 0.9
+    assert max(found[3:]) > 0.1
+    assert all(0 <= strength <= 1 for strength in found)
 
 
 def test_stages_see_the_original_block_without_true_sequential(tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -10,8 +12,8 @@ from gptq_cli.config.layer import LayerConfig
 from gptq_cli.solver import factor as factor_module
 from gptq_cli.solver import hessian as hessian_module
 from gptq_cli.solver.factor import follow_original, prepare
-from gptq_cli.solver.hessian import HessianAccumulator
-from tests.reference import follow
+from gptq_cli.solver.hessian import HessianAccumulator, HessianOfBatches, total
+from tests.reference import damping_of, follow
 from tests.simulated_gpu import simulated_gpu
 from tests.solver.samples import ORDERS, correlated_inputs, layer_config
 
@@ -41,10 +43,13 @@ def gathered(inputs: Tensor, originals: Tensor) -> HessianAccumulator:
 
 
 def ours(inputs: Tensor, originals: Tensor, config: LayerConfig) -> Tensor:
-    seen = gathered(inputs, originals)
-    assert seen.shift is not None
+    return followed(gathered(inputs, originals), config)[0]
+
+
+def followed(seen: HessianAccumulator, config: LayerConfig) -> tuple[Tensor, Tensor]:
+    """Return W* and the strengths of the rows."""
     factor = prepare(seen.hessian, config, seen.tokens)
-    return follow_original(weight(), seen.shift, factor, config.asymmetric_calibration)
+    return follow_original(weight(), seen.shifts, factor, config.asymmetric_calibration)
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -100,10 +105,10 @@ def test_shift_is_a_float32_sum_over_chunks(
     kept = inputs.clone(), originals.clone()
     seen = gathered(inputs.reshape(3, -1, COLUMNS).flatten(0, 1), originals)
     exact = (originals.double() - inputs.double()).T @ inputs.double()
-    assert seen.shift is not None
-    assert seen.shift.dtype == torch.float32
+    shift = seen.shifts[0] + seen.shifts[1]
+    assert shift.dtype == torch.float32
     torch.testing.assert_close(
-        seen.shift.double(), exact, rtol=1e-4, atol=1e-4 * exact.abs().max().item()
+        shift.double(), exact, rtol=1e-4, atol=1e-4 * exact.abs().max().item()
     )
     assert torch.equal(inputs, kept[0])
     assert torch.equal(originals, kept[1])
@@ -122,9 +127,8 @@ def shift_error(inputs: Tensor, originals: Tensor, device: str) -> float:
     accumulator = HessianAccumulator(COLUMNS, device)
     for batch, before in zip(inputs.split(70), originals.split(70), strict=True):
         accumulator.add(batch.to(device), before.to(device))
-    assert accumulator.shift is not None
     loudness = inputs.double().square().sum(0).sqrt()
-    change = (accumulator.shift.cpu().double() - exact) / (loudness[:, None] * loudness)
+    change = (sum(accumulator.shifts).cpu().double() - exact) / (loudness[:, None] * loudness)
     return (change.norm() / (exact / (loudness[:, None] * loudness)).norm()).item()
 
 
@@ -161,14 +165,85 @@ def test_weight_on_tensor_cores_is_nearly_that_of_float64(
     with simulated_gpu():
         accumulator = HessianAccumulator(COLUMNS, "cuda:0")
         accumulator.add(inputs.float().to("cuda:0"), originals.float().to("cuda:0"))
-        assert accumulator.shift is not None
         factor = prepare(accumulator.hessian, config, accumulator.tokens)
-        found = follow_original(weight().to("cuda:0"), accumulator.shift, factor, 1.0)
+        found, _ = follow_original(weight().to("cuda:0"), accumulator.shifts, factor, 1.0)
         change = found.cpu().double() - weight()
     assert (change - expected).norm() < 5e-4 * expected.norm()
+
+
+def in_batches(inputs: Tensor, originals: Tensor, n_batches: int) -> HessianAccumulator:
+    """The sums over as many batches, half of which are one half of the text."""
+    batches = HessianOfBatches(COLUMNS, "cpu")
+    parts = zip(inputs.chunk(n_batches), originals.chunk(n_batches), strict=True)
+    for number, (batch, before) in enumerate(parts):
+        batches.add(number, batch, before)
+    return total(batches.nodes(), HessianAccumulator.absorb)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_auto_strength_compares_two_halves_of_the_text(order: str) -> None:
+    config = layer_config(order, group_size=16, asymmetric_calibration="auto")
+    originals = correlated_inputs(TOKENS, COLUMNS)
+    inputs = disturbed(originals)
+    change, strengths = followed(in_batches(inputs, originals, 6), config)
+    pulls = []
+    for rows in (0, 1):
+        mine = torch.arange(TOKENS) // 25 % 2 == rows
+        pulls.append(weight() @ (originals - inputs)[mine].T @ inputs[mine])
+    hessian = inputs.T @ inputs
+    hessian += damping_of(hessian.diagonal(), config, TOKENS).diag()
+    lengths = []
+    for pull in (pulls[0] + pulls[1], pulls[0] - pulls[1]):
+        lengths.append((pull @ torch.linalg.inv(hessian) * pull).sum(1))
+    supported = 1 - lengths[1] / lengths[0]
+    torch.testing.assert_close(strengths, supported / 2, rtol=1e-8, atol=1e-10)
+    full = follow(weight(), inputs, originals, replace(config, asymmetric_calibration=1.0))
+    expected = weight() + strengths[:, None] * (full - weight())
+    torch.testing.assert_close(change, expected, rtol=1e-8, atol=1e-11)
+
+
+def mean_loss(inputs: Tensor, originals: Tensor, found: Tensor) -> float:
+    return (originals @ weight().T - inputs @ found.T).square().mean().item()
+
+
+@pytest.mark.parametrize("noise", [0.3, 3.0])
+@pytest.mark.parametrize("tokens", [120, 1200])
+def test_twice_auto_is_nearly_the_best_strength_on_new_text(
+    noise: float, tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(factor_module, "USED_SHARE", 1.0)
+    auto = layer_config("natural", group_size=16, asymmetric_calibration="auto")
+    auto = replace(auto, damp_mode="diagonal", damp_percent=0.05)
+    originals = correlated_inputs(8 * TOKENS + tokens, COLUMNS)
+    inputs = disturbed(originals) + noise * disturbed(torch.zeros_like(originals), seed=9)
+    old, new = slice(0, tokens), slice(tokens, None)
+    seen = in_batches(inputs[old], originals[old], 8)
+    losses = []
+    for strength in torch.linspace(0, 1, 11).tolist():
+        fixed = replace(auto, asymmetric_calibration=strength)
+        losses.append(mean_loss(inputs[new], originals[new], followed(seen, fixed)[0]))
+    found, strengths = followed(seen, auto)
+    loss = mean_loss(inputs[new], originals[new], found)
+    assert loss < losses[0]
+    assert loss - min(losses) < 0.2 * (losses[0] - min(losses))
+    assert ((strengths >= 0) & (strengths <= 1)).all()
+
+
+def test_auto_leaves_the_weight_if_the_halves_do_not_agree() -> None:
+    config = layer_config("natural", group_size=16, asymmetric_calibration="auto")
+    originals = correlated_inputs(TOKENS, COLUMNS)
+    one_window = HessianAccumulator(COLUMNS, "cpu")
+    one_window.add(disturbed(originals)[None], originals[None])
+    sides = 1 - 2 * (torch.arange(TOKENS) // 25 % 2)[:, None]
+    opposed = originals + 0.2 * sides * originals.roll(1, dims=1)
+    unchanged = originals.clone()
+    for seen in (one_window, *[in_batches(x, originals, 6) for x in (opposed, unchanged)]):
+        found, strengths = followed(seen, config)
+        assert torch.equal(found, weight())
+        assert not strengths.any()
 
 
 def test_there_is_no_shift_without_original_inputs() -> None:
     accumulator = HessianAccumulator(COLUMNS, "cpu")
     accumulator.add(correlated_inputs(10, COLUMNS))
-    assert accumulator.shift is None
+    assert accumulator.shifts == []

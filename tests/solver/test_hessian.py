@@ -65,6 +65,58 @@ def test_hessian_before_any_batch_is_zero() -> None:
     assert torch.equal(accumulator.hessian, torch.zeros(WIDE, WIDE))
 
 
+def with_massive_tokens(dtype: torch.dtype) -> torch.Tensor:
+    inputs = correlated_inputs(60, 40)
+    inputs /= inputs.norm(dim=1, keepdim=True)
+    lengths = torch.linspace(0.5, 2, 60, dtype=torch.float64)
+    lengths[[3, 20, 33]] = torch.tensor([6.0, 9.0, 4000.0], dtype=torch.float64)
+    return (inputs * lengths[:, None]).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_a_limited_token_is_halved_until_it_is_short_enough(dtype: torch.dtype) -> None:
+    inputs, originals = with_massive_tokens(dtype), correlated_inputs(60, 40).to(dtype)
+    lengths = inputs.double().norm(dim=1)
+    scaled, before = inputs.double(), originals.double()
+    n_halved = 0
+    for token, length in enumerate(lengths.tolist()):
+        while length > 4 * lengths.median():
+            length /= 2
+            scaled[token] /= 2
+            before[token] /= 2
+            n_halved += 1
+    assert n_halved == 1 + 1 + 10
+    accumulator = HessianAccumulator(40, "cpu", limited=True)
+    accumulator.add(inputs.view(3, 20, 40), originals.view(3, 20, 40))
+    assert accumulator.tokens == 60
+    hessian, shift = accumulator.hessian.double(), sum(accumulator.shifts).double()
+    torch.testing.assert_close(hessian, scaled.T @ scaled, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(shift, (before - scaled).T @ scaled, rtol=1e-5, atol=1e-2)
+
+
+def test_tokens_of_usual_lengths_keep_every_bit_if_limited() -> None:
+    usual = correlated_inputs(60, 40).float()
+    most_are_zero = usual.clone()
+    most_are_zero[:40] = 0
+    for inputs in (usual, most_are_zero):
+        hessians = []
+        for limited in (False, True):
+            accumulator = HessianAccumulator(40, "cpu", limited=limited)
+            accumulator.add(inputs)
+            accumulator.add(inputs[:0])
+            hessians.append(accumulator.hessian)
+        assert torch.equal(*hessians)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e30])
+def test_limited_tokens_do_not_hide_a_fault(bad: float) -> None:
+    inputs = torch.ones(4, 40)
+    inputs[2, 7] = bad
+    accumulator = HessianAccumulator(40, "cpu", limited=True)
+    accumulator.add(inputs)
+    assert accumulator.first_not_finite() == (0, 1)
+
+
 def test_inputs_stay_unchanged() -> None:
     inputs = correlated_inputs(20, 40).float().requires_grad_()
     before = inputs.detach().clone()
@@ -125,7 +177,7 @@ def test_first_products_on_a_device_are_the_sums(monkeypatch: pytest.MonkeyPatch
         written = dict(calls)
         accumulator.add(inputs, inputs)
     assert not {"aten::zeros", "aten::zero_", "aten::add_.Tensor", "aten::fill_"} & set(written)
-    assert calls["aten::add_.Tensor"] == 2  # the one panel, and the shift
+    assert calls["aten::add_.Tensor"] == 3  # the one panel, and the shift of each half
 
 
 @simulated

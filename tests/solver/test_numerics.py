@@ -111,7 +111,8 @@ def add_both() -> None:
 
 
 def follow() -> None:
-    follow_original(WEIGHT.float(), HESSIAN.float(), prepare(HESSIAN.float(), LAYER, 200), 0.5)
+    shifts = [HESSIAN.float(), HESSIAN.float().T / 2]
+    follow_original(WEIGHT.float(), shifts, prepare(HESSIAN.float(), LAYER, 200), "auto")
 
 
 def report() -> None:

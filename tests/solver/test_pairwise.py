@@ -69,6 +69,23 @@ def test_hessian_of_batches_equals_that_of_all_tokens(n_batches: int) -> None:
     found = total(nodes, HessianAccumulator.absorb)
     assert found.tokens == 40 * n_batches
     torch.testing.assert_close(found.hessian, inputs.T @ inputs, rtol=1e-12, atol=1e-9)
-    assert found.shift is not None
-    torch.testing.assert_close(found.shift, inputs.T @ inputs, rtol=1e-12, atol=1e-9)
     assert torch.equal(found.hessian, found.hessian.T)
+    first_half = torch.arange(len(inputs)) % 40 < 5
+    first_half |= (torch.arange(len(inputs)) % 40 >= 10) & (torch.arange(len(inputs)) % 40 < 25)
+    for shift, mine in zip(found.shifts, (inputs[first_half], inputs[~first_half]), strict=True):
+        torch.testing.assert_close(shift, mine.T @ mine, rtol=1e-12, atol=1e-9)
+
+
+@pytest.mark.parametrize(("windows", "first"), [(1, [0, 2]), (2, [0, 2, 4]), (3, [0, 1, 3, 6, 7])])
+def test_windows_of_a_batch_belong_to_two_halves(windows: int, first: list[int]) -> None:
+    inputs = correlated_inputs(3 * windows * 20, 150).view(3, windows, 20, 150)
+    batches = HessianOfBatches(150, "cpu")
+    for number, batch in enumerate(inputs):
+        batches.add(number, batch, 3 * batch)
+    found = total(batches.nodes(), HessianAccumulator.absorb)
+    belongs = torch.zeros(3 * windows, dtype=torch.bool)
+    belongs[first] = True
+    apart = inputs.flatten(0, 1)
+    for shift, mine in zip(found.shifts, (apart[belongs], apart[~belongs]), strict=True):
+        rows = mine.flatten(0, 1)
+        torch.testing.assert_close(shift, 2 * rows.T @ rows, rtol=1e-12, atol=1e-9)
