@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Lock
 from typing import Literal
 
 from gptq_cli.config.serving import Verdict
+from gptq_cli.files import BytesDone
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,14 +22,6 @@ class PhaseStarted:
 
     name: str
     detail: str
-
-
-@dataclass(frozen=True, slots=True)
-class BytesDone:
-    """`done` of the `total` bytes of the present phase are read, copied, compared or sent."""
-
-    done: int
-    total: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,37 +204,3 @@ Report = Callable[[Event], None]
 def ignore(event: Event) -> None:
     """Do nothing with `event`; the default of callers that want no events."""
     del event
-
-
-TOLD = 200  # reports about the bytes of one phase, at most
-
-
-class ByteCount:
-    """Counts the bytes of a phase, and reports each half percent of `total` as BytesDone.
-
-    Threads may `add` bytes, but only the thread of the caller reports them.
-    """
-
-    def __init__(self, report: Report = ignore, total: int = 0) -> None:
-        self._report, self._total = report, total
-        self._done = self._told = 0
-        self._lock = Lock()
-
-    def add(self, n_bytes: int) -> None:
-        """Count bytes, from any thread; nothing is reported."""
-        with self._lock:
-            self._done += n_bytes
-
-    def tell(self) -> None:
-        """Report the bytes that were counted, if they are half a percent more than reported."""
-        if not self._total:
-            return
-        share = TOLD * self._done // self._total
-        if share > self._told:
-            self._told = share
-            self._report(BytesDone(min(self._done, self._total), self._total))
-
-    def passed(self, n_bytes: int) -> None:
-        """Count bytes and report them."""
-        self.add(n_bytes)
-        self.tell()

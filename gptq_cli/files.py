@@ -5,7 +5,8 @@ and so is a failure of a disk or a network file system. No message calls a file 
 may not be read.
 
 A directory is recognized by device and inode, so that links and other spellings of its name do not
-matter. A file that is read for long has a stamp, by which a later check notices a change.
+matter. A file that is read for long has a stamp, by which a later check notices a change, and a
+count of the bytes that have passed.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ import re
 import stat
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
+from threading import Lock
 from typing import NamedTuple
 
 from gptq_cli.errors import GptqError, InputError, ResourceError, causes, nearest, shell_word
@@ -443,3 +446,45 @@ def hint_at_near(path: Path, *, folders: bool = False) -> str | None:
     if near is None:
         return None
     return f"did you mean {shell_word(str(path.parent / near))}?"
+
+
+@dataclass(frozen=True, slots=True)
+class BytesDone:
+    """`done` of the `total` bytes of the present phase are read, copied, compared or sent."""
+
+    done: int
+    total: int
+
+
+TOLD = 200  # reports about the bytes of one phase, at most
+
+
+class ByteCount:
+    """Counts the bytes of a phase, and reports each half percent of `total` as BytesDone.
+
+    Threads may `add` bytes, but only the thread of the caller reports them.
+    """
+
+    def __init__(self, report: Callable[[BytesDone], None] | None = None, total: int = 0) -> None:
+        self._report, self._total = report, total
+        self._done = self._told = 0
+        self._lock = Lock()
+
+    def add(self, n_bytes: int) -> None:
+        """Count bytes, from any thread; nothing is reported."""
+        with self._lock:
+            self._done += n_bytes
+
+    def tell(self) -> None:
+        """Report the bytes that were counted, if they are half a percent more than reported."""
+        if self._report is None or not self._total:
+            return
+        share = TOLD * self._done // self._total
+        if share > self._told:
+            self._told = share
+            self._report(BytesDone(min(self._done, self._total), self._total))
+
+    def passed(self, n_bytes: int) -> None:
+        """Count bytes and report them."""
+        self.add(n_bytes)
+        self.tell()

@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 
 from gptq_cli import compare, convert, dequantize, quantize, verify
 from gptq_cli.errors import PausedError
-from gptq_cli.events import TOLD, ByteCount, BytesDone, Event, PhaseStarted, ignore
+from gptq_cli.events import Event, PhaseStarted, ignore
+from gptq_cli.files import TOLD, ByteCount, BytesDone
 from gptq_cli.publish import upload
 from gptq_cli.storage import manifest
 from gptq_cli.storage.manifest import file_hashes

@@ -43,7 +43,7 @@ from gptq_cli.quantization.block_loop import (
     head_forwards,
     nothing_seen,
 )
-from gptq_cli.quantization.layers import LayerSolver
+from gptq_cli.quantization.layers import Inputs, LayerSolver
 from gptq_cli.quantization.routed_experts import RoutedInputs, quantize_experts
 from gptq_cli.quantization.run_state import Limits, Run
 from gptq_cli.runtime.memory import block_finished
@@ -195,7 +195,7 @@ class Measuring:
                 quantize_experts(inputs, linears, self.solver)
                 continue
             layers = [self.run.layers[name] for name in stage.names]
-            for solved in self.solver.solve(layers, inputs, self.ranks):
+            for solved in self.solver.solve([layers], Inputs.of(inputs), self.ranks):
                 self.solver.put_back(solved, linears)
         rounded = _weights(linears)
 
@@ -247,7 +247,7 @@ class Measuring:
             sums = gather_inputs(forwards.stages[0], forwards, self.run)
         (inputs,) = self._summed(sums).values()
         assert isinstance(inputs, HessianAccumulator)
-        (solved,) = self.solver.solve([self.run.layers[HEAD]], inputs, self.ranks)
+        (solved,) = self.solver.solve([[self.run.layers[HEAD]]], Inputs.of(inputs), self.ranks)
         return solved.quantized.dequantize(self.stream.dtype)
 
     def _predict(

@@ -21,8 +21,7 @@ from threading import Event
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from gptq_cli.errors import InputError
-from gptq_cli.events import ByteCount
-from gptq_cli.files import file_errors
+from gptq_cli.files import ByteCount, file_errors
 from gptq_cli.storage.manifest import CHUNK_BYTES, in_threads
 
 if TYPE_CHECKING:

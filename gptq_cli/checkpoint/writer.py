@@ -20,8 +20,8 @@ from gptq_cli.checkpoint.quantization_config import with_quantization
 from gptq_cli.checkpoint.reader import SAFETENSORS_DTYPE, tensor_bytes
 from gptq_cli.checkpoint.source import Checkpoint
 from gptq_cli.errors import GateError, size
-from gptq_cli.events import ByteCount, PhaseStarted, Report, ignore
-from gptq_cli.files import file_errors, source_changed
+from gptq_cli.events import PhaseStarted, Report, ignore
+from gptq_cli.files import ByteCount, file_errors, source_changed
 from gptq_cli.storage.durable import (
     COPY_BYTES,
     OpenFile,

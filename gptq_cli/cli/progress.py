@@ -19,7 +19,6 @@ from gptq_cli.errors import clock, counted, size, without_secrets
 from gptq_cli.events import (
     BlockFinished,
     BlockStarted,
-    BytesDone,
     EngineSaid,
     Event,
     LayerReport,
@@ -32,6 +31,7 @@ from gptq_cli.events import (
     Warned,
     WorkKept,
 )
+from gptq_cli.files import BytesDone
 from gptq_cli.storage.work_directory import resume_command
 
 if TYPE_CHECKING:

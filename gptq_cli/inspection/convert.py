@@ -41,8 +41,8 @@ from gptq_cli.checkpoint.writer import CheckpointWriter, copy_side_files
 from gptq_cli.config.layer import FORMATS, GPTQ_FORMATS, formats_for, misfits
 from gptq_cli.config.resolve import resolve, to_yaml
 from gptq_cli.errors import ConfigError, InputError, Problem, counted, one_of
-from gptq_cli.events import ByteCount, LayerStarted, PhaseStarted, Report, ignore
-from gptq_cli.files import is_file
+from gptq_cli.events import LayerStarted, PhaseStarted, Report, ignore
+from gptq_cli.files import ByteCount, is_file
 from gptq_cli.inspection.rewriting import Rewritten, fresh, open_source, publish, write_tensors
 from gptq_cli.planning.run_plan import HEAD
 from gptq_cli.runtime.open_model import warn_of

@@ -15,7 +15,8 @@ from gptq_cli.checkpoint.reader import SAFETENSORS_DTYPE, open_reader
 from gptq_cli.checkpoint.source import Checkpoint
 from gptq_cli.checkpoint.writer import CheckpointWriter, copy_side_files
 from gptq_cli.errors import InputError, counted
-from gptq_cli.events import ByteCount, LayerStarted, PhaseStarted, Report, ignore
+from gptq_cli.events import LayerStarted, PhaseStarted, Report, ignore
+from gptq_cli.files import ByteCount
 from gptq_cli.inspection.rewriting import Rewritten, fresh, open_source, publish, write_tensors
 from gptq_cli.runtime.open_model import DTYPES, STORED_DTYPES, warn_of
 from gptq_cli.storage.durable import write_json

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gptq_cli.errors import ExistsError, GptqError, InputError, counted, size
-from gptq_cli.events import ByteCount, PhaseStarted, Report
+from gptq_cli.events import PhaseStarted, Report
+from gptq_cli.files import ByteCount
 from gptq_cli.hub_errors import AGAIN, push_refusal
 from gptq_cli.storage.manifest import CONFIG_FILE, MANIFEST, QUANTIZE_CONFIG
 

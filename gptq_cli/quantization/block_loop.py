@@ -29,7 +29,7 @@ from gptq_cli.models.experts import Experts
 from gptq_cli.models.paused_forwards import PausedForwards, Stage, pause_forwards, watch_inputs
 from gptq_cli.models.stream import LoadedBlock, token_ids
 from gptq_cli.planning.run_plan import HEAD
-from gptq_cli.quantization.layers import LayerSolver
+from gptq_cli.quantization.layers import Inputs, LayerSolver
 from gptq_cli.quantization.routed_experts import RoutedInputs, quantize_experts
 from gptq_cli.quantization.run_state import Run
 from gptq_cli.runtime.memory import (
@@ -89,7 +89,7 @@ def quantize_stages(together: Sequence[Stage], forwards: Forwards, solver: Layer
             continue
         hessian = run.ranks.sum_hessians(inputs, len(run.batches))
         layers = [run.layers[name] for name in stage.names]
-        for solved in solver.solve(layers, hessian, run.ranks):
+        for solved in solver.solve([layers], Inputs.of(hessian), run.ranks):
             solver.put_back(solved, forwards.linears)
             solver.finish(solved)
 

@@ -125,15 +125,11 @@ class LayerSolver:
         self._read: tuple[str, Tensor] | None = None  # the weight read last, of this layer
 
     def solve(
-        self, layers: Sequence[LayerPlan], inputs: HessianAccumulator, ranks: Ranks
-    ) -> Iterator[SolvedLayer]:
-        """Solve `layers`, which have all seen `inputs`, as `solve_experts` does."""
-        yield from self.solve_experts([layers], Inputs.of(inputs), ranks)
-
-    def solve_experts(
         self, experts: Sequence[Sequence[LayerPlan]], inputs: Inputs, ranks: Ranks
     ) -> Iterator[SolvedLayer]:
         """Solve the layers of each of the `experts`, whose shapes and configurations are equal.
+
+        Dense layers that have seen the same inputs are those of one expert.
 
         Each of `ranks` solves some of the rows of every expert. Layers of one configuration are
         solved together, as the rows of one matrix. Raises GateError E_NUM_ACT or E_NUM_HESSIAN, or

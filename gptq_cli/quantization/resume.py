@@ -34,7 +34,6 @@ from gptq_cli.checkpoint.writer import CheckpointWriter
 from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.errors import ExistsError, GateError, GptqError, InputError, __version__, size
 from gptq_cli.events import (
-    ByteCount,
     ExpertsCovered,
     LayerReport,
     PhaseStarted,
@@ -44,7 +43,7 @@ from gptq_cli.events import (
     WorkKept,
     ignore,
 )
-from gptq_cli.files import UNREADABLE, file_errors, is_file
+from gptq_cli.files import UNREADABLE, ByteCount, file_errors, is_file
 from gptq_cli.hub_errors import OF_THE_HUB
 from gptq_cli.quantization.run_state import BatchState, Record, SavingTimes
 from gptq_cli.runtime.ranks import Ranks

@@ -203,7 +203,7 @@ class _Group:
             seen = [self._seen(down=down) for down, _ in step]
             solved: list[SolvedLayer] = []
             for _, layers in step:
-                solved += self.solver.solve_experts(layers, seen.pop(0), SINGLE_PROCESS)
+                solved += self.solver.solve(layers, seen.pop(0), SINGLE_PROCESS)
             self.solver.put_back_together(solved, linears)
             found |= {layer.layer.name: layer for layer in solved}
         in_order = chain(*(expert.layers for expert in planned))

@@ -41,7 +41,6 @@ from gptq_cli.config.serving import Verdict, engine_data
 from gptq_cli.errors import InputError, __version__, counted, size
 from gptq_cli.events import (
     BlockFinished,
-    ByteCount,
     ExpertsCovered,
     LayerReport,
     PhaseStarted,
@@ -50,7 +49,7 @@ from gptq_cli.events import (
     Warned,
     ignore,
 )
-from gptq_cli.files import is_file, resolved
+from gptq_cli.files import ByteCount, is_file, resolved
 from gptq_cli.json_values import to_json
 from gptq_cli.models.stream import Batch, ModelStream
 from gptq_cli.planning.checks import (

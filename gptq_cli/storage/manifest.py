@@ -18,8 +18,8 @@ from threading import Event
 from typing import Any, NamedTuple, TypeGuard, TypeVar
 
 from gptq_cli.errors import __version__, size
-from gptq_cli.events import ByteCount, PhaseStarted, Report, ignore
-from gptq_cli.files import file_errors, files_below, is_file, resolved
+from gptq_cli.events import PhaseStarted, Report, ignore
+from gptq_cli.files import ByteCount, file_errors, files_below, is_file, resolved
 from gptq_cli.storage.durable import (
     OpenFile,
     json_bytes,

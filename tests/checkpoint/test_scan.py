@@ -14,7 +14,7 @@ from gptq_cli.checkpoint.headers import is_finite, read_header, scan_weights
 from gptq_cli.checkpoint.layout import TensorSpec, plan_layout
 from gptq_cli.checkpoint.writer import CheckpointWriter
 from gptq_cli.errors import InputError
-from gptq_cli.events import ByteCount
+from gptq_cli.files import ByteCount
 
 FLOATS = {
     "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64,

@@ -10,14 +10,8 @@ import pytest
 
 from gptq_cli.cli.console import Console
 from gptq_cli.cli.progress import APART, SILENCE, Progress
-from gptq_cli.events import (
-    BlockFinished,
-    BlockStarted,
-    BytesDone,
-    LayerSolved,
-    PhaseStarted,
-    Report,
-)
+from gptq_cli.events import BlockFinished, BlockStarted, LayerSolved, PhaseStarted, Report
+from gptq_cli.files import BytesDone
 
 from .conftest import layer_report, play
 

@@ -17,7 +17,7 @@ from gptq_cli.checkpoint.reader import encode
 from gptq_cli.checkpoint.writer import CheckpointWriter, write_side_files
 from gptq_cli.config.layer import LayerConfig
 from gptq_cli.config.schema import QuantizeConfig
-from gptq_cli.events import ByteCount
+from gptq_cli.files import ByteCount
 from gptq_cli.planning.plan import plan_run
 from gptq_cli.planning.run_plan import RunPlan
 from gptq_cli.solver.quantized_linear import QuantizedLinear
