@@ -76,6 +76,9 @@ def _siblings(left: Node[Value], right: Node[Value]) -> bool:
 
 # Bound the float32 copy of the inputs. Each chunk of a shift on CUDA reads and writes the sum.
 TOKENS_PER_CHUNK = {"cpu": 1024, "cuda": 4096}
+# Bound the differences of bfloat16 inputs on CUDA, which take fewer bytes than those of a chunk. As
+# a rule these are half the tokens of a batch at once, whose products become its sum.
+TOKENS_OF_A_SHIFT = 16384
 LONGEST = 4.0  # times the length of the median token; its square is 16
 PANELS = 8  # on the CPU; they need 9/16 of the products of a full multiplication
 SMALLEST_PANEL = 128
@@ -245,9 +248,12 @@ class HessianAccumulator:
 
     def _add_shift(self, tokens: Tensor, original: Tensor, half: int) -> None:
         n_tokens = TOKENS_PER_CHUNK[self._device.type]
+        exact = _exact_on_tensor_cores(tokens)
+        if exact and tokens.dtype == torch.bfloat16 == original.dtype:
+            n_tokens = TOKENS_OF_A_SHIFT
         for chunk, before in zip(tokens.split(n_tokens), original.split(n_tokens), strict=True):
-            if _exact_on_tensor_cores(chunk):
-                self._add_split_shift(chunk, before, half)
+            if exact:
+                self._add_exact_shift(chunk, before, half)
                 continue
             shift = self._shifts[half]
             if shift is None:
@@ -256,19 +262,27 @@ class HessianAccumulator:
             inputs = chunk.to(shift.dtype)
             shift.addmm_((before.to(shift.dtype) - inputs).T, inputs)
 
-    def _add_split_shift(self, tokens: Tensor, original: Tensor, half: int) -> None:
-        """Add (x₀ - x) xᵀ on tensor cores, where x₀ - x is the sum of two 16-bit numbers.
-
-        Both parts are rows of one product, which reads and writes the sum only once.
-        """
-        difference = torch.cat(split(original.float() - tokens.float(), tokens.dtype)).T
-        twice = torch.cat([tokens, tokens])
+    def _add_exact_shift(self, tokens: Tensor, original: Tensor, half: int) -> None:
+        """Add (x₀ - x) xᵀ on tensor cores, with x₀ - x in 16 bits."""
+        difference, tokens = _difference(tokens, original)
         shift = self._shifts[half]
         if shift is None:
-            self._shifts[half] = _product(difference, twice)
+            self._shifts[half] = _product(difference.T, tokens)
             return
         for start, stop in self._bounds:  # which bounds the memory of the product
-            shift[:, start:stop] += _product(difference, twice[:, start:stop])
+            shift[:, start:stop] += _product(difference.T, tokens[:, start:stop])
+
+
+def _difference(tokens: Tensor, original: Tensor) -> tuple[Tensor, Tensor]:
+    """Return x₀ - x in the 16 bits of `tokens`, and the tokens it is to be multiplied with.
+
+    In bfloat16 it is rounded, by less than x and x₀ themselves were. A difference of float16
+    numbers may be too large for one of them: it is the sum of two, so each token comes twice.
+    """
+    if tokens.dtype == torch.bfloat16 == original.dtype:
+        return original - tokens, tokens
+    difference = split(original.float() - tokens.float(), tokens.dtype)
+    return torch.cat(difference), torch.cat([tokens, tokens])
 
 
 def _limited(tokens: Tensor, original: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -121,35 +121,66 @@ simulated = pytest.mark.skipif(
 LOUD = 100.0  # times as loud as the others is every tenth channel
 
 
-def shift_error(inputs: Tensor, originals: Tensor, device: str) -> float:
-    """The error of the shift as a share of the exact one, both in the units of each channel."""
-    exact = (originals.double() - inputs.double()).T @ inputs.double()
-    accumulator = HessianAccumulator(COLUMNS, device)
-    for batch, before in zip(inputs.split(70), originals.split(70), strict=True):
-        accumulator.add(batch.to(device), before.to(device))
-    loudness = inputs.double().square().sum(0).sqrt()
-    change = (sum(accumulator.shifts).cpu().double() - exact) / (loudness[:, None] * loudness)
-    return (change.norm() / (exact / (loudness[:, None] * loudness)).norm()).item()
-
-
-@simulated
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_shift_on_tensor_cores_is_as_exact_as_in_float32(
-    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(hessian_module, "TOKENS_PER_CHUNK", {"cpu": 32, "cuda": 32})
-    monkeypatch.setattr(hessian_module, "CUDA_PANEL", 20)
+def loud() -> tuple[Tensor, Tensor]:
     originals = correlated_inputs(TOKENS, COLUMNS) / 100
     inputs = disturbed(originals, seed=4)
     inputs[:, ::10], originals[:, ::10] = LOUD * inputs[:, ::10], LOUD * originals[:, ::10]
-    usual = shift_error(inputs.to(dtype), originals.to(dtype), "cpu")
+    return inputs, originals
+
+
+def shift_on(device: str, inputs: Tensor, originals: Tensor) -> Tensor:
+    accumulator = HessianAccumulator(COLUMNS, device)
+    for batch, before in zip(inputs.split(70), originals.split(70), strict=True):
+        accumulator.add(batch.to(device), before.to(device))
+    first, second = accumulator.shifts
+    return (first + second).cpu().double()
+
+
+def exact_shift(inputs: Tensor, originals: Tensor) -> Tensor:
+    return (originals.double() - inputs.double()).T @ inputs.double()
+
+
+def shift_error(found: Tensor, exact: Tensor) -> float:
+    """The error of a shift as a share of the exact one, both in the units of each channel."""
+    loudness = loud()[0].square().sum(0).sqrt()
+    units = loudness[:, None] * loudness
+    return (((found - exact) / units).norm() / (exact / units).norm()).item()
+
+
+@pytest.fixture
+def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hessian_module, "TOKENS_PER_CHUNK", {"cpu": 32, "cuda": 32})
+    monkeypatch.setattr(hessian_module, "TOKENS_OF_A_SHIFT", 20)
+    monkeypatch.setattr(hessian_module, "CUDA_PANEL", 20)
+
+
+@simulated
+@pytest.mark.usefixtures("small_parts")
+def test_float16_shift_on_tensor_cores_is_as_exact_as_in_float32(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    inputs, originals = [part.half() for part in loud()]
+    exact = exact_shift(inputs, originals)
+    usual = shift_error(shift_on("cpu", inputs, originals), exact)
     with simulated_gpu():
-        found = shift_error(inputs.to(dtype), originals.to(dtype), "cuda:0")
+        found = shift_error(shift_on("cuda:0", inputs, originals), exact)
         monkeypatch.setattr(hessian_module, "split", lambda part, kind: (part.to(kind),) * 1)
         monkeypatch.setattr(torch, "cat", lambda parts: parts[0])
-        high_alone = shift_error(inputs.to(dtype), originals.to(dtype), "cuda:0")
+        high_alone = shift_error(shift_on("cuda:0", inputs, originals), exact)
     assert found < 1.5 * usual < 1e-6
     assert high_alone > 20 * found
+
+
+@simulated
+@pytest.mark.usefixtures("small_parts")
+def test_bfloat16_shift_errs_less_than_its_inputs_are_rounded() -> None:
+    inputs, originals = loud()
+    rounded, before = inputs.bfloat16(), originals.bfloat16()
+    exact = exact_shift(rounded, before)
+    rounding = shift_error(exact, exact_shift(inputs, originals))
+    with simulated_gpu():
+        found = shift_error(shift_on("cuda:0", rounded, before), exact)
+    assert 0 < found < rounding
 
 
 @simulated
@@ -169,6 +200,23 @@ def test_weight_on_tensor_cores_is_nearly_that_of_float64(
         found, _ = follow_original(weight().to("cuda:0"), accumulator.shifts, factor, 1.0)
         change = found.cpu().double() - weight()
     assert (change - expected).norm() < 5e-4 * expected.norm()
+
+
+@simulated
+def test_weight_of_bfloat16_inputs_errs_less_than_they_are_rounded() -> None:
+    config = layer_config("natural", group_size=16, asymmetric_calibration=1.0)
+    originals = correlated_inputs(10 * TOKENS, COLUMNS)
+    inputs = disturbed(originals)
+    rounded, before = inputs.bfloat16(), originals.bfloat16()
+    of_rounded = follow(weight(), rounded.double(), before.double(), config)
+    rounding = (of_rounded - follow(weight(), inputs, originals, config)).norm()
+    with simulated_gpu():
+        accumulator = HessianAccumulator(COLUMNS, "cuda:0")
+        accumulator.add(rounded.to("cuda:0"), before.to("cuda:0"))
+        factor = prepare(accumulator.hessian, config, accumulator.tokens)
+        found, _ = follow_original(weight().to("cuda:0"), accumulator.shifts, factor, 1.0)
+        error = (found.cpu().double() - of_rounded).norm()
+    assert 0 < error < rounding / 4
 
 
 def in_batches(inputs: Tensor, originals: Tensor, n_batches: int) -> HessianAccumulator:
