@@ -261,7 +261,7 @@ CONFIGURATION = [
          2),
     Case(13, "conflict", flags("--desc-act", "--act-group-aware"), "E_CFG_CONFLICT",
          "exclude each other",
-         "remove it", 2),
+         "leave out --act-group-aware", 2),
     Case(13, "target", recipe("bits: 4\nsym: false\ntarget: vllm\n"), "E_TARGET",
          "vllm does not load asymmetric grids",
          "--sym", 2),
@@ -273,7 +273,7 @@ CONFIGURATION = [
     Case(61, "policy", flags("--on-numeric-fault=skip"), "E_CFG_RANGE", "error or rtn", "", 2),
     Case(82, "limit", evaluated(lambda _: None, "--max-ppl=0"), "E_CFG_RANGE", "above 0", "", 2),
     Case(15, "batch", flags("--batch-size=9"), "E_CFG_RANGE", "a batch of 9 from 4 samples",
-         "batch_size to 4", 2),
+         "--batch-size 4 or less", 2),
 ]  # fmt: skip
 DATA = [
     Case(17, "file", flags("--dataset=./none.txt"), "E_DATA_NOT_FOUND", "does not exist", "Hub id"),

@@ -131,6 +131,7 @@ class SimulatedGpu:
         self.peak_bytes = 0  # while there is a limit
         self.current = torch.device("cuda", 7)  # until somebody says which one
         self._storages: WeakSet[torch.UntypedStorage] = WeakSet()
+        self._adding = threading.Lock()  # a set must not grow while another thread lists it
         self.pinned: WeakSet[torch.UntypedStorage] = WeakSet()
         self.done = 0  # operations on the usual stream
         self._written: WeakKeyDictionary[torch.UntypedStorage, int] = WeakKeyDictionary()
@@ -138,7 +139,9 @@ class SimulatedGpu:
     @property
     def allocated(self) -> int:
         """Bytes of all tensors on the device that are alive."""
-        return sum(storage.nbytes() for storage in list(self._storages))
+        with self._adding:
+            alive = list(self._storages)
+        return sum(storage.nbytes() for storage in alive)
 
     def run(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Run `func` on the host's numbers; its output is on the device unless sent to the host."""
@@ -179,7 +182,8 @@ class SimulatedGpu:
         storage = host.untyped_storage()
         if storage not in self._storages:  # not a view
             self._write(host)
-        self._storages.add(storage)
+        with self._adding:
+            self._storages.add(storage)
         if self.limit_bytes is not None:
             if (allocated := self.allocated) > self.limit_bytes:
                 raise torch.OutOfMemoryError(

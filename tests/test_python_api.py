@@ -320,7 +320,7 @@ def test_errors_name_settings_as_python_does(said: str, meant: str) -> None:
 def test_public_functions_and_types_name_no_flag() -> None:
     with pytest.raises(GptqError) as refused:
         plan("nowhere", bits=5)
-    assert refused.value.hint == 'use format="compressed-tensors", mlx or auto-round'
+    assert refused.value.hint == 'use format="compressed-tensors", "mlx" or "auto-round"'
     with pytest.raises(GptqError) as built:
         QuantizeConfig(bits=5)
     assert built.value.hint == refused.value.hint

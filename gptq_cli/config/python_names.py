@@ -25,7 +25,8 @@ WORDS = {*FORMATS, *PRESETS, "auto", "cpu", "cuda", "never", "rtn", "keep", "flo
 OTHER_NAMES = {"-o": "output", "--asym": "sym=False"}
 # A command in a hint, which a shell has to read; else a flag with the number or word after it.
 COMMAND = re.compile(r"`[^`]*`|\bgptq [a-z][^;,]*")
-FLAG = re.compile(r"(?<![\w-])(-o\b|--[a-z][a-z-]*)(?: (-?\w[\w.-]*\b))?")
+OTHERS = rf"((?:(?:, | or )(?:{'|'.join(sorted(WORDS, reverse=True))})\b)*)"
+FLAG = re.compile(rf"(?<![\w-])(-o\b|--[a-z][a-z-]*)(?: (-?\w[\w.-]*\b){OTHERS})?")
 
 
 def for_python(function: Callable[P, R]) -> Callable[P, R]:
@@ -58,6 +59,8 @@ def in_python(text: str) -> str:
 
     >>> in_python("use --bits 4 or 8, or add --lm-head; all of it: gptq plan DIR --json")
     'use bits=4 or 8, or add lm_head=True; all of it: gptq plan DIR --json'
+    >>> in_python("use --format mlx or auto-round")
+    'use format="mlx" or "auto-round"'
     """
     parts = []
     end = 0
@@ -69,8 +72,8 @@ def in_python(text: str) -> str:
 
 def _setting(found: re.Match[str]) -> str:
     """Return a flag as a keyword argument, with its value if one follows."""
-    flag, word = found[1], found[2]
-    after = "" if word is None else f" {word}"
+    flag, word, others = found[1], found[2], found[3] or ""
+    after = "" if word is None else f" {word}{others}"
     if flag in OTHER_NAMES:
         return OTHER_NAMES[flag] + after
     name = flag.removeprefix("--").replace("-", "_")
@@ -79,9 +82,9 @@ def _setting(found: re.Match[str]) -> str:
     if name not in ARGUMENTS and name not in FIELDS:
         return found[0]
     if word is not None and re.fullmatch(r"-?\d+(\.\d+)?", word):
-        return f"{name}={word}"
+        return f"{name}={word}{others}"
     if word is not None and (word[0].isdigit() or word in WORDS):
-        return f'{name}="{word}"'
+        return f'{name}="{word}"' + re.sub(r"[\w-]{3,}", r'"\g<0>"', others)
     if name in SWITCHES:
         return f"{name}=True{after}"
     return name + after

@@ -6,7 +6,7 @@ which check the values.
 
 from __future__ import annotations
 
-from typing import TypedDict
+from typing import Literal, TypedDict
 
 from gptq_cli.config.fields import LayerOverrides, Unfit
 from gptq_cli.config.layer import (
@@ -30,10 +30,11 @@ class Settings(TypedDict, total=False):
     act_group_aware: bool
     static_groups: bool
     true_sequential: bool
+    limit_massive_tokens: bool
     signed_scales: bool
     scale_search: ScaleSearch
     refine_sweeps: int
-    asymmetric_calibration: float
+    asymmetric_calibration: float | Literal["auto"]
     damp_mode: DampMode
     damp_percent: float
     modules_in_block_to_quantize: list[list[str]] | None

@@ -80,6 +80,8 @@ error[E_CFG_RANGE]: bits must be 2, 3, 4, 5, 6, 7 or 8, or an average such as 3.
    1 | bits: 9
      |       ^
 
+hint: 8 bits are the most; a rule `-:NAME` of dynamic keeps a layer as it is
+
 error[E_CFG_UNKNOWN_KEY]: group_sise is not a known key
   --> {path}:2:1
    2 | group_sise: 3

@@ -548,10 +548,10 @@ def test_a_format_that_cannot_store_the_settings_is_refused_at_once() -> None:
         config(bits=5)
     assert (caught.value.code, caught.value.exit_code) == ("E_CFG_FORMAT", 2)
     assert str(caught.value) == "bits and format do not fit: gptq stores 2, 3, 4 or 8 bits"
-    assert caught.value.hint == "use --format compressed-tensors, mlx or auto-round"
+    assert caught.value.hint == 'use format="compressed-tensors", "mlx" or "auto-round"'
     with pytest.raises(ConfigError, match="desc_act and format do not fit") as caught:
         config(desc_act=True, format="mlx")
-    assert caught.value.hint == "use --static-groups or --act-group-aware in its place"
+    assert caught.value.hint == "use static_groups=True or act_group_aware=True in its place"
     with pytest.raises(ConfigError, match=r"dynamic\['\+:x'\]\.group_size and format do not fit"):
         config(format="mlx", dynamic={"+:x": {"group_size": 16}})
     assert config(bits=5, format="mlx").bits == 5

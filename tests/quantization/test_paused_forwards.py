@@ -23,7 +23,7 @@ from gptq_cli.planning.plan import plan_run
 from gptq_cli.planning.run_plan import LayerPlan
 from gptq_cli.quantization import block_loop
 from gptq_cli.quantization.block_loop import block_forwards, quantize_stages
-from gptq_cli.quantization.layers import LayerSolver, SolvedLayer
+from gptq_cli.quantization.layers import Inputs, LayerSolver, SolvedLayer
 from gptq_cli.runtime import memory
 from gptq_cli.runtime.memory import (
     Memory,
@@ -34,7 +34,6 @@ from gptq_cli.runtime.memory import (
 )
 from gptq_cli.runtime.open_model import HiddenStates
 from gptq_cli.runtime.ranks import SINGLE_PROCESS, Ranks
-from gptq_cli.solver.hessian import HessianAccumulator
 from tests.families import FAMILIES, save_model
 from tests.runs import config, digest, messages, quantize_with_events
 
@@ -72,7 +71,7 @@ def replay(
     model: Path, output: Path, monkeypatch: pytest.MonkeyPatch, **changes: object
 ) -> list[Event]:
     with monkeypatch.context() as patch:
-        patch.setattr(memory, "WAITING_SHARE", 0.0)
+        patch.setattr(memory, "WAITING_SHARE", {"cpu": 0.0, "cuda": 0.0})
         return quantize(model, output, **changes)
 
 
@@ -250,13 +249,14 @@ class HessianKeeper(LayerSolver):
         self.device, self.seen, self.module = CPU, [], module
 
     def solve(
-        self, layers: Sequence[LayerPlan], inputs: HessianAccumulator, ranks: Ranks
+        self, experts: Sequence[Sequence[LayerPlan]], inputs: Inputs, ranks: Ranks
     ) -> Iterator[SolvedLayer]:
         assert ranks is SINGLE_PROCESS
-        self.seen.append((inputs.tokens, inputs.hessian.clone()))
-        for layer in layers:
+        (hessian,) = inputs.hessians
+        self.seen.append((inputs.tokens[0], hessian.clone()))
+        for layer in experts[0]:
             linear = self.module.get_submodule(layer.name)
-            linear.weight = nn.Parameter(linear.weight + inputs.hessian / 1e4, requires_grad=False)
+            linear.weight = nn.Parameter(linear.weight + hessian / 1e4, requires_grad=False)
         yield from ()
 
 
