@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-from gptq_cli.config.serving import Verdict
 from gptq_cli.files import BytesDone
+
+if TYPE_CHECKING:
+    from gptq_cli.config.serving import Verdict
 
 
 @dataclass(frozen=True, slots=True)

@@ -90,14 +90,19 @@ def form_of(columns: Mapping[str, Content], named: Sequence[str]) -> Form:
     if named:
         return Form("text", tuple(named))
     chat = _form_of_chat(columns)
-    if columns.get(DEFAULT_COLUMN) == "chat":
+    if DEFAULT_COLUMN not in columns:
+        return chat or _form_of_text(columns)
+    if columns[DEFAULT_COLUMN] == "chat":
         return Form("messages", (DEFAULT_COLUMN,))
-    if DEFAULT_COLUMN in columns and chat is not None:
-        return Form("text", (DEFAULT_COLUMN,), chat.columns)
     if chat is not None:
-        return chat
+        return Form("text", (DEFAULT_COLUMN,), chat.columns)
+    return Form("text", (DEFAULT_COLUMN,))
+
+
+def _form_of_text(columns: Mapping[str, Content]) -> Form:
+    """Return the form of the only column of text, or that of a column `text`."""
     texts = [name for name, content in columns.items() if content == "text"]
-    if len(texts) == 1 and DEFAULT_COLUMN not in columns:
+    if len(texts) == 1:
         return Form("text", (texts[0],))
     return Form("text", (DEFAULT_COLUMN,))
 

@@ -57,11 +57,7 @@ def sources_of(config: QuantizeConfig, names: Sequence[str]) -> list[tuple[Datas
 
 def _shares(split: Sequence[tuple[str, str | None]]) -> list[Fraction]:
     """Return the share of each dataset, 1 for each if none has one."""
-    names = [name for name, _ in split]
-    for name in names:
-        if names.count(name) > 1:
-            message = f"dataset `{name}` is given twice"
-            raise ConfigError("E_CFG_CONFLICT", message, hint="keep one of them, with a share")
+    _refuse_twice([name for name, _ in split])
     without = [name for name, share in split if share is None]
     if len(without) == len(split):
         return [Fraction(1)] * len(split)
@@ -78,6 +74,13 @@ def _shares(split: Sequence[tuple[str, str | None]]) -> list[Fraction]:
             raise ConfigError("E_CFG_RANGE", message, hint=hint)
         shares.append(Fraction(share))
     return shares
+
+
+def _refuse_twice(names: Sequence[str]) -> None:
+    for name in names:
+        if names.count(name) > 1:
+            message = f"dataset `{name}` is given twice"
+            raise ConfigError("E_CFG_CONFLICT", message, hint="keep one of them, with a share")
 
 
 def divide(total: int, shares: Sequence[Fraction]) -> list[int]:

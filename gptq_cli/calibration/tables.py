@@ -130,19 +130,25 @@ def saved_files(folder: Path, split: str | None, usual_split: str) -> tuple[Path
 
 
 def _chosen_split(folder: Path, split: str | None, usual_split: str) -> str:
+    splits = _splits_of(folder)
+    wanted = split or usual_split
+    if wanted in splits:
+        return wanted
+    if split is None and len(splits) == 1:
+        return splits[0]
+    message = f"dataset `{folder}` has no split `{wanted}`; it has {', '.join(splits)}"
+    raise InputError("E_DATA_SPLIT", message, hint="name a split with --dataset-split")
+
+
+def _splits_of(folder: Path) -> list[str]:
+    """Return the splits that the folder names; InputError E_DATA_FORMAT if one is outside."""
     splits = _read(folder / DICT_FILE).get("splits")
     if not isinstance(splits, list) or not all(isinstance(name, str) for name in splits):
         raise _not_saved(folder / DICT_FILE, "it names no splits")
     for name in splits:
         if name in ("", ".", "..") or Path(name).name != name:
             raise _not_saved(folder / DICT_FILE, f"its split {shown(name)} is outside the folder")
-    wanted = split or usual_split
-    if wanted in splits:
-        return wanted
-    if split is None and len(splits) == 1:
-        return str(splits[0])
-    message = f"dataset `{folder}` has no split `{wanted}`; it has {', '.join(splits)}"
-    raise InputError("E_DATA_SPLIT", message, hint="name a split with --dataset-split")
+    return splits
 
 
 def _read(file: Path) -> dict[str, Any]:

@@ -31,13 +31,15 @@ _KERNEL_SWITCHES = ("use_kernels", "kernel_config")
 _BLOCKS = re.compile(r"(\w+_)?(layers?|blocks|depth|stages)")
 _EXPERTS = re.compile(r"(\w+_)?experts")
 _PER_BLOCK = re.compile(r"\w+_(types|pattern)")  # a kind for each block: a list, counts or letters
+_OF_BLOCKS = re.compile(r"layer|block")
 _LABELS = re.compile(r"(\w+_)?labels")
 _INDEX = re.compile(r"(?:^|\.)(\d+)(?=\.)")
 _EXPERT = re.compile(r"(.+)\.experts\.(\d+)\.")
 _STACK = re.compile(r"(.+)\.experts\.[^.]+")
 _ROUTERS = ("gate", "router")  # beside the experts; a row for each of them
 
-# What a block holds: modules with "" for a linear, with part and shape for any other tensor.
+# What a block holds: modules with "" for a linear, with part and shape for any other tensor, which
+# is itself in place of the module if it is neither weight nor bias.
 Content = frozenset[tuple[str, str]]
 
 CORRECT = "correct it in config.json and quantize_config.json"
@@ -203,11 +205,11 @@ def check_rules(
 
 
 def check_complete(checkpoint: Checkpoint, modules: Sequence[str]) -> Iterator[Defect]:
-    """Yield blocks, linears and experts that the other tensors ask for, but that are not stored."""
+    """Yield blocks, their parts and experts that other tensors ask for, but that are not stored."""
     blocks = _block_list(modules)
     if blocks is not None:
         yield from _check_blocks(checkpoint, blocks)
-        yield from _check_lost_linears(checkpoint, modules, blocks)
+        yield from _check_lost_parts(checkpoint, modules, blocks)
     yield from _check_experts(checkpoint)
     for stack, message in _cut_stacks(checkpoint):
         yield tensor_defect("E_CKPT_SHAPE", stack, message, DOWNLOAD_WEIGHTS)
@@ -304,58 +306,186 @@ def _check_blocks(checkpoint: Checkpoint, blocks: str) -> Iterator[Defect]:
         yield Defect("E_CKPT_INCOMPLETE", f"no tensor of `{name}`", None, name)
 
 
-def _check_lost_linears(
+def _check_lost_parts(
     checkpoint: Checkpoint, modules: Sequence[str], blocks: str
 ) -> Iterator[Defect]:
-    """Yield a linear that one block lacks, if several others have it and are equal to it otherwise.
+    """Yield what one block lacks, if several others have it and are equal to it otherwise.
 
-    Blocks of a hybrid model may differ: by more than a linear, by their norms, or by layer_types.
+    Some architectures have blocks that lack something. There are several of these as a rule, or a
+    list of config.json tells them apart, or they are at an end: see `_may_be_structure`.
     """
     contents = _contents(checkpoint, modules, blocks)
-    kinds = Counter(contents.values())
-    usual = [kind for kind, count in kinds.items() if count > 1]
+    n_blocks = checkpoint.n_blocks or max(contents, default=0) + 1
+    kinds = {}
     for index, content in contents.items():
-        lost = None
-        if kinds[content] == 1:
-            lost = _lost_linear(content, usual)
-        if lost is not None:
-            message = "has no tensor, but the same blocks elsewhere have this linear"
-            place = f"{blocks}.{index}.{lost}"
-            yield Defect("E_CKPT_INCOMPLETE", message, None, place, DOWNLOAD_WEIGHTS)
+        kinds[index] = (_kind_in_config(checkpoint.text_config, index, n_blocks), content)
+    for index, lost in _lost_by_block(kinds).items():
+        content = contents[index]
+        if index in (0, n_blocks - 1) and _may_be_structure(lost, content):
+            continue
+        for place in _lost_places(lost, content):
+            message = "has no tensor, but the same blocks elsewhere have this part"
+            name = f"{blocks}.{index}.{place}"
+            yield Defect("E_CKPT_INCOMPLETE", message, None, name, DOWNLOAD_WEIGHTS)
 
 
-def _lost_linear(content: Content, usual: Iterable[Content]) -> str | None:
-    """Return the linear without which a block has this content; None if that is no such block."""
-    for kind in usual:
-        missing = kind - content
-        modules = {module for module, _ in missing}
-        if content < kind and len(modules) == 1:
-            module = modules.pop()
-            if (module, "") in missing:
-                return module
-    return None
+def _lost_by_block(kinds: Mapping[int, tuple[str, Content]]) -> dict[int, Content]:
+    """Return what a block alone lacks, by the number of the block.
+
+    It is compared with each block of its kind that holds what several blocks hold, of any kind.
+    """
+    numbers = Counter(content for _, content in kinds.values())
+    usual = [kind for kind in set(kinds.values()) if numbers[kind[1]] > 1]
+    lacking = Counter[tuple[str, str]]()
+    for _, content in kinds.values():
+        lacking.update(_lacked(content, usual))
+    found = {}
+    for index, (kind, content) in kinds.items():
+        lost = _lost_of_block(kind, content, usual)
+        if lost and all(lacking[entry] == 1 for entry in lost):
+            found[index] = lost
+    return found
+
+
+def _lacked(content: Content, usual: Iterable[tuple[str, Content]]) -> Content:
+    """Return what a block lacks beside any of the `usual` ones that have all that it has."""
+    lacked: Content = frozenset()
+    for _, other in usual:
+        if content < other:
+            lacked |= other - content
+    return lacked
+
+
+def _lost_of_block(kind: str, content: Content, usual: Iterable[tuple[str, Content]]) -> Content:
+    """Return what a block has lost beside a usual one of its kind; empty if nothing.
+
+    A bias alone is not lost: some tools store one for each packed linear. Single experts are left
+    to `_check_experts`: they may be pruned.
+    """
+    held = _without_biases(content)
+    for other_kind, other in usual:
+        if kind != other_kind or not content < other:
+            continue
+        lost = other - content
+        paths = {path for path, _ in lost}
+        if paths.isdisjoint(held) and not _whole_experts(paths, held):
+            return lost
+    return frozenset()
+
+
+def _without_biases(content: Content) -> set[str]:
+    return {path for path, held in content if not held.startswith("bias")}
+
+
+def _whole_experts(lost: Iterable[str], held: Iterable[str]) -> bool:
+    """Return whether `lost` has whole experts only, of a layer that holds others."""
+    experts_held = set(map(_expert_of, held))
+    holders_held = {holder for holder, _ in experts_held}
+    for path in lost:
+        holder, number = _expert_of(path)
+        if not number or holder not in holders_held or (holder, number) in experts_held:
+            return False
+    return True
+
+
+def _expert_of(path: str) -> tuple[str, str]:
+    """Return the holder and the number of the expert that a module is in; "" if in none."""
+    match = _EXPERT.match(path)
+    if match is None:
+        return "", ""
+    return match[1], match[2]
+
+
+def _may_be_structure(lost: Content, content: Content) -> bool:
+    """Return whether a first or last block may be built without what it seems to have lost.
+
+    The first may lack a norm (ModernBERT), the last may use keys and values of another block. None
+    lacks one linear, or all of its attention or of its MLP.
+    """
+    linears = {path for path, held in lost if not held}
+    if linears and len(lost) == 1:
+        return False
+    children = {_child(path) for path, _ in lost}
+    held = set(map(_child, _without_biases(content)))
+    return not children.isdisjoint(held) or children != set(map(_child, linears))
+
+
+def _child(path: str) -> str:
+    return path.partition(".")[0]
+
+
+def _lost_places(lost: Content, content: Content) -> list[str]:
+    """Return the outermost modules of `lost` that hold nothing, in order."""
+    held: set[str] = set()
+    for path in _without_biases(content):
+        held.update(_holders(path))
+    found = set()
+    for path, _ in lost:
+        found.add(next(place for place in _holders(path) if place not in held))
+    return sorted(found)
+
+
+def _holders(path: str) -> list[str]:
+    """Return a module with those that hold it, the outermost first."""
+    names = path.split(".")
+    return [".".join(names[:count]) for count in range(1, len(names) + 1)]
 
 
 def _contents(checkpoint: Checkpoint, modules: Sequence[str], blocks: str) -> dict[int, Content]:
-    """Return what each block holds."""
+    """Return what each block of the model holds."""
     packed = set(modules)
     found: dict[int, set[tuple[str, str]]] = defaultdict(set)
     for name, tensor in checkpoint.tensors.items():
         item = list_item(name)
-        if item is None or item.list_name != blocks:
+        if item is None or item.list_name != blocks or _is_beyond(checkpoint, name):
             continue
-        module, _, part = item.inner.rpartition(".")
-        is_packed = name.rpartition(".")[0] in packed and part != "bias"
-        is_plain = part == "weight" and len(tensor.shape) == 2
-        held = f"{part} {tensor.shape}"
-        if is_packed or is_plain:
-            held = ""
-        found[int(item.number)].add((module, held))
-    layer_types = checkpoint.text_config.get("layer_types")
-    for index, content in found.items():
-        if isinstance(layer_types, list) and index < len(layer_types):
-            content.add(("layer_types", str(layer_types[index])))
+        is_packed = name.rpartition(".")[0] in packed
+        found[int(item.number)].add(_held(item.inner, tensor.shape, is_packed=is_packed))
     return {index: frozenset(content) for index, content in found.items()}
+
+
+def _held(inner: str, shape: Sequence[int], *, is_packed: bool) -> tuple[str, str]:
+    """Return what a tensor with the name `inner` is for its block, see `Content`."""
+    module, _, part = inner.rpartition(".")
+    if is_packed and part != "bias":
+        return module, ""
+    if part == "weight" and len(shape) == 2:
+        return module, ""
+    if part in ("weight", "bias"):
+        return module, f"{part} {shape}"
+    return inner, f"{part} {shape}"
+
+
+def _kind_in_config(config: Mapping[str, Any], index: int, n_blocks: int) -> str:
+    """Return what the lists of config.json with an entry for each block tell about one block."""
+    found = []
+    for key, value in config.items():
+        if isinstance(value, (list, str)):
+            found.append(f"{key}: {_told(key, value, index, n_blocks)}")
+    return ", ".join(found)
+
+
+def _told(key: str, value: Sequence[Any], index: int, n_blocks: int) -> str:
+    """Return what one list tells about a block; "" if it has nothing to do with blocks.
+
+    Entries are names, letters or settings, or numbers, of which zero alone tells that a block lacks
+    something. A list of some blocks, such as `mlp_only_layers`, has the block or not.
+    """
+    if len(value) >= n_blocks and _PER_BLOCK.fullmatch(key):
+        return str(value[index])
+    if isinstance(value, str):
+        return ""
+    if len(value) == n_blocks:
+        return _without_numbers(value[index])
+    if _OF_BLOCKS.search(key):
+        return str(index in value)
+    return ""
+
+
+def _without_numbers(entry: Any) -> str:
+    if isinstance(entry, (int, float)):
+        return str(bool(entry))
+    return str(entry)
 
 
 def _check_experts(checkpoint: Checkpoint) -> Iterator[Defect]:

@@ -602,25 +602,34 @@ def _advise_group_size(
     The size has to fit all layers whose group_size stands at the same place, and the target.
     """
     rule = _rule_with_group_size(misfits[0], config)
-    for layer in misfits:
-        if layer.in_features % PACK_MULTIPLE or layer.out_features % PACK_MULTIPLE:
-            return ""
-        if _rule_with_group_size(layer, config) != rule:
-            return ""
+    if any(map(_is_odd, misfits)):
+        return ""
+    if any(_rule_with_group_size(layer, config) != rule for layer in misfits):
+        return ""
     alike = [layer for layer in quantized if _rule_with_group_size(layer, config) == rule]
     sizes = _sizes_that_divide(alike)
     if rule is not None:
         named = " or ".join(map(str, [*sizes[:1], ROW]))
         return f"use a group_size that fits all layers of rule '{rule}', such as {named}"
+    ways = _group_sizes_for_target(sizes, config)
+    if not ways:
+        return ""
+    return f"use {', or '.join(ways)}"
+
+
+def _is_odd(layer: LayerPlan) -> bool:
+    return bool(layer.in_features % PACK_MULTIPLE or layer.out_features % PACK_MULTIPLE)
+
+
+def _group_sizes_for_target(sizes: Iterable[int], config: QuantizeConfig) -> list[str]:
+    """Return the options for group sizes that the target loads, in words."""
     loaded = [size for size in sizes if _target_loads(config, size)]
     ways = []
     if loaded:
         ways.append(f"--group-size {AUTO}, which takes {loaded[0]}")
     if _target_loads(config, ROW):
         ways.append(f"--group-size {ROW}")
-    if not ways:
-        return ""
-    return f"use {', or '.join(ways)}"
+    return ways
 
 
 def _sizes_that_divide(layers: Iterable[LayerPlan]) -> list[int]:

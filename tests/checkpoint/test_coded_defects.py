@@ -65,7 +65,7 @@ def broken(source: Source, change: Change) -> Path:
 
 
 LOST: list[tuple[Make, Change, str, str, str]] = [
-    (of_fp8, without_module(Q), "INCOMPLETE", Q, "the same blocks elsewhere have this linear"),
+    (of_fp8, without_module(Q), "INCOMPLETE", Q, "the same blocks elsewhere have this part"),
     (of_fp8, without(f"{Q}.weight"), "INCOMPLETE", f"{Q}.weight_scale_inv",
      f"is stored without `{Q}.weight`"),
     (w8a8, without(f"{Q}.weight"), "INCOMPLETE", f"{Q}.weight_scale",

@@ -302,7 +302,7 @@ def test_a_linear_that_one_block_lacks_is_a_defect(format: str, tmp_path: Path) 
     *others, found = defects(output)
     assert len(others) == (format in GPTQ_FORMATS)  # which list the quantized linears
     assert (found.code, found.tensor) == ("E_CKPT_INCOMPLETE", "model.layers.1.self_attn.q_proj")
-    assert found.message == "has no tensor, but the same blocks elsewhere have this linear"
+    assert found.message == "has no tensor, but the same blocks elsewhere have this part"
     with pytest.raises(InputError, match=r"1\.self_attn\.q_proj: has no tensor") as caught:
         convert_checkpoint(str(output), tmp_path / "there", "gptq_v2")
     assert (caught.value.code, caught.value.exit_code) == ("E_CKPT_INCOMPLETE", 3)
