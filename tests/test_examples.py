@@ -26,7 +26,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 FENCE = re.compile(
     r"(?:<!-- needs: (?P<needs>[^>]+) -->\n)?^```(?P<language>\w*)\n(?P<body>.*?)^```$", re.M | re.S
 )
-NEEDS_MORE = {"check-engine": 3, "eval": 2}  # their exit codes without an engine and lm-eval
+NEEDS_MORE = {"check-engine": 3, "eval": 3}  # their exit codes without an engine and lm-eval
 OTHERS = {"network", "gpu", "the repository", "an adapter", "a vision-language model"}
 PROGRAMS = {"mlx-lm", "vLLM", "SGLang", "llama.cpp", "OpenVINO", "docker", "lm-eval"}
 

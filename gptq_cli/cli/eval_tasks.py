@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import logging
 import os
+import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated
+from contextlib import redirect_stdout
+from io import StringIO
+from typing import TYPE_CHECKING, Annotated, TextIO
 
 from gptq_cli.cli import options as o
 from gptq_cli.cli.console import Console, aligned, joined
@@ -126,13 +129,20 @@ def eval(
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
     from gptq_cli.evaluation.tasks import evaluate_tasks
 
-    with Progress(console) as progress:
+    with Progress(console) as progress, redirect_stdout(_notes(quiet)):
         result = evaluate_tasks(model, request, progress)
     output = (result.to_json(), joined(_lines(result)), _short(result.scores))
     failed = _failed(result.scores, max_drop)
     if failed:
         console.refused(*output, GateError.of(failed))
     console.result(*output)
+
+
+def _notes(quiet: bool) -> TextIO:
+    """Return where lm-eval and the files of tasks print: stdout belongs to the result."""
+    if quiet:
+        return StringIO()
+    return sys.stderr
 
 
 def _check_limit(baseline: str | None, max_drop: float | None) -> None:

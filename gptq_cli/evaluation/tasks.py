@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partialmethod
 from importlib import import_module
 from typing import Any
 
@@ -95,10 +96,10 @@ class TasksResult:
 def evaluate_tasks(model: str, request: TaskRequest, report: Report = ignore) -> TasksResult:
     """Return the scores of MODEL (a directory or a Hub id) in tasks of lm-eval.
 
-    Raises ConfigError E_LM_EVAL without lm-eval, E_EVAL_TASK for tasks that it does not know, that
-    generate text, have no metric or cannot have `num_fewshot` examples; InputError E_EVAL_DATA if
-    the data of a task cannot be loaded, and what opening a model raises, for both models before
-    the first is measured.
+    Raises InputError E_LM_EVAL without lm-eval; ConfigError E_EVAL_TASK for tasks that it does not
+    know, that generate text, have no metric or cannot have `num_fewshot` examples; InputError
+    E_EVAL_DATA if the data of a task cannot be loaded; and what opening a model raises, for both
+    models before the first is measured.
     """
     started = time.perf_counter()
     harness = _harness()
@@ -131,7 +132,7 @@ def evaluate_tasks(model: str, request: TaskRequest, report: Report = ignore) ->
 
 
 def _harness() -> Any:
-    """Return lm-eval; raise ConfigError E_LM_EVAL if it is missing."""
+    """Return lm-eval; raise InputError E_LM_EVAL if it is missing."""
     try:
         # Outside of a repository, git would write "fatal" beside the messages of this program.
         evaluator: Any = import_module("lm_eval.evaluator")
@@ -139,7 +140,7 @@ def _harness() -> Any:
         return import_module("lm_eval")
     except ModuleNotFoundError as error:
         message = f"gptq eval needs lm-eval: there is no package `{error.name}`"
-        raise ConfigError("E_LM_EVAL", message, hint=INSTALL) from error
+        raise InputError("E_LM_EVAL", message, hint=INSTALL) from error
 
 
 def _task_manager(request: TaskRequest) -> Any:
@@ -231,6 +232,9 @@ def _adapter() -> Any:
     base: Any = import_module("lm_eval.api.model").TemplateLM
 
     class Adapter(base):  # type: ignore[misc]
+        # The events of this program tell the progress; lm-eval's bar would ignore TQDM_DISABLE.
+        loglikelihood = partialmethod(base.loglikelihood, disable_tqdm=True)
+
         def __init__(self, streamed: _Streamed) -> None:
             super().__init__()
             self._streamed = streamed
