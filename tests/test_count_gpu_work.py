@@ -41,7 +41,7 @@ MOST: dict[tuple[str, str], dict[str, tuple[int, int]]] = {
     ("tiny", "gptq"): {
         "columns": (166, 8),
         "copy": (37, 0),
-        "errors": (673, 8),
+        "errors": (631, 8),
         "factor": (180, 8),
         "forward": (76, 0),
         "hessian": (84, 0),
@@ -51,7 +51,7 @@ MOST: dict[tuple[str, str], dict[str, tuple[int, int]]] = {
     ("tiny", "balanced"): {
         "columns": (120, 8),
         "copy": (37, 0),
-        "errors": (673, 8),
+        "errors": (631, 8),
         "factor": (160, 8),
         "forward": (76, 0),
         "hessian": (244, 0),
@@ -77,7 +77,7 @@ MOST: dict[tuple[str, str], dict[str, tuple[int, int]]] = {
     ("tiny-moe", "balanced"): {
         "columns": (116, 8),
         "copy": (505, 0),
-        "errors": (592, 8),
+        "errors": (566, 8),
         "factor": (162, 8),
         "forward": (558, 3),
         "hessian": (1986, 0),

@@ -66,13 +66,13 @@ def multiply_split(left: Split, right: Split) -> Tensor:
     The product of the two low parts is left out: it is below the rounding of the others.
     """
     (high, low), (other_high, other_low) = left, right
-    product = _exact_product(high, other_high)
-    product += _exact_product(high, other_low)
-    product += _exact_product(low, other_high)
+    product = exact_product(high, other_high)
+    product += exact_product(high, other_low)
+    product += exact_product(low, other_high)
     return product
 
 
-def _exact_product(left: Tensor, right: Tensor) -> Tensor:
+def exact_product(left: Tensor, right: Tensor) -> Tensor:
     """Return the float32 product of 16-bit matrices, or of those of several experts."""
     multiply_exactly = torch.mm
     if left.dim() == 3:

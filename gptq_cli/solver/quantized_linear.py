@@ -5,7 +5,7 @@ Letters for shapes:  O out_features   I in_features   G groups
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -23,13 +23,11 @@ from gptq_cli.solver.grid import (
     split_groups,
 )
 from gptq_cli.solver.numerics import (
-    Split,
+    exact_product,
     full_precision,
     multiply,
-    multiply_split,
     row_chunks,
     split,
-    splits,
 )
 
 
@@ -192,15 +190,10 @@ def _energies(matrices: Sequence[Tensor], hessian: Tensor) -> Tensor:
     H is symmetric, so the part to the left of each diagonal block counts twice.
     """
     energies = torch.zeros(len(matrices), dtype=torch.float64, device=hessian.device)
-    parts: list[Split] = []
-    if splits(hessian):
-        parts = [split(matrix) for matrix in matrices]
     width = COLUMNS_PER_PANEL[hessian.device.type]
     for start in range(0, len(hessian), width):
         stop = min(start + width, len(hessian))
         products = _panel_products(matrices, hessian, start, stop)
-        if parts:
-            products = _split_panel_products(parts, hessian, start, stop)
         for number, product in enumerate(products):
             product.mul_(matrices[number][:, start:stop])
             energies[number] += product.sum(dtype=torch.float64)
@@ -208,7 +201,7 @@ def _energies(matrices: Sequence[Tensor], hessian: Tensor) -> Tensor:
 
 
 def _panel_products(
-    matrices: Iterable[Tensor], hessian: Tensor, start: int, stop: int
+    matrices: Sequence[Tensor], hessian: Tensor, start: int, stop: int
 ) -> Iterator[Tensor]:
     """Yield for each M the columns start..stop of M (2 U + D), H without what is below D.
 
@@ -220,12 +213,56 @@ def _panel_products(
         yield torch.addmm(left, matrix[:, panel], hessian[panel, panel], beta=2)
 
 
-def _split_panel_products(
-    parts: Iterable[Split], hessian: Tensor, start: int, stop: int
-) -> Iterator[Tensor]:
-    """Yield what `_panel_products` yields, from tensor cores."""
-    column = hessian[:stop, start:stop].clone()
-    column[:start] *= 2
-    column_parts = split(column)
-    for high, low in parts:
-        yield multiply_split((high[:, :stop], low[:, :stop]), column_parts)
+@torch.no_grad()
+def split_panels(hessian: Tensor) -> list[Tensor]:
+    """Return panels of columns of H [I, I] for `energies_of_rows`, each bfloat16 [stop, 2, n].
+
+    They are those of 2 U + D (see `_panel_products`). The number of a row and column is the sum of
+    two.
+    """
+    panels = []
+    width = COLUMNS_PER_PANEL["cuda"]
+    for start in range(0, len(hessian), width):
+        column = hessian[: start + width, start : start + width].clone()
+        column[:start] *= 2
+        panels.append(torch.stack(split(column), 1))
+    return panels
+
+
+@torch.no_grad()
+def energies_of_rows(
+    weight: Tensor, panels: Sequence[Tensor], candidate: QuantizedLinear | None = None
+) -> Tensor:
+    """Return m H mᵀ for each row m of the weight [O, I], or of the error of a candidate.
+
+    The energies are float64 [O], from products on tensor cores; `panels` are those of
+    `split_panels`.
+    """
+    energies = torch.empty(len(weight), dtype=torch.float64, device=weight.device)
+    for rows in row_chunks(weight, CHUNKS_AT_ONCE["cuda"]):
+        matrix = weight[rows]
+        if candidate is not None:
+            matrix = candidate.rows(rows).dequantize().sub_(matrix)
+        energies[rows] = _energies_from_panels(matrix, panels)
+    return energies
+
+
+def _energies_from_panels(matrix: Tensor, panels: Sequence[Tensor]) -> Tensor:
+    """Return m H mᵀ for each row m of M [n, I], float64 [n].
+
+    The product of the two low parts is left out, as in `multiply_split`. bfloat16 rows have none.
+    """
+    high, low = matrix, None
+    if matrix.dtype != torch.bfloat16:
+        high, low = split(matrix.float())
+    twice = high.repeat_interleave(2, dim=1)  # a column for both parts of each row of H
+    energies = torch.zeros(len(matrix), dtype=torch.float64, device=matrix.device)
+    start = 0
+    for panel in panels:
+        stop = len(panel)
+        product = exact_product(twice[:, : 2 * stop], panel.flatten(0, 1))
+        if low is not None:
+            product += exact_product(low[:, :stop], panel[:, 0])
+        energies += product.mul_(matrix[:, start:stop]).sum(1, dtype=torch.float64)
+        start = stop
+    return energies

@@ -39,15 +39,18 @@ from gptq_cli.solver.numerics import (
     feedback_precision,
     full_precision,
     reordered,
+    splits,
     uses_kernels,
 )
 from gptq_cli.solver.quantized_linear import (
     QuantizedLinear,
     check_decoded,
     energies_by_expert,
+    energies_of_rows,
     output_energies,
     round_to_nearest,
     small_scales,
+    split_panels,
 )
 from gptq_cli.solver.refine import refine
 from gptq_cli.solver.triton_launch import MOST_COLUMNS, find_grids, round_columns
@@ -58,7 +61,7 @@ INNER_BLOCKS = (128, 32)
 # With kernels one launch rounds all of the columns that pass errors on together
 KERNEL_BLOCKS = (MOST_COLUMNS, MOST_COLUMNS)
 # On CUDA the error of round to nearest is measured on at least this many rows of a layer
-SAMPLED_ROWS = 1024
+SAMPLED_ROWS = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,10 +218,17 @@ def _measured(
     """Return the quantized `parts` of `rows`, one for each of `weights`, with their errors."""
     samples = _samples(weights)
     nearest = _nearest(rows, samples, config, parts[0].group_of_column)
+    panels: list[Tensor] = []
+    if splits(hessian):
+        panels = split_panels(hessian)
     errors = []
     for part, weight, baseline in zip(parts, weights, nearest, strict=True):
         small = small_scales(part.scales).sum(-1)
-        errors.append(torch.cat([_errors(weight, hessian, part, baseline), small]))
+        if panels:
+            energies = _errors_from_panels(weight, panels, part, baseline)
+        else:
+            energies = _errors(weight, hessian, part, baseline)
+        errors.append(torch.cat([energies, small]))
     solutions = []
     for part, sample, found in zip(parts, samples, torch.stack(errors).tolist(), strict=True):
         solutions.append(_solution(part, found, len(sample)))
@@ -306,6 +316,20 @@ def _errors(
     sampled, error = output_energies(weight[::step], hessian, [nearest])
     share = torch.where(sampled > 0, error / sampled, 0)
     return torch.cat([energies, (share * energies[0])[None]])
+
+
+def _errors_from_panels(
+    weight: Tensor, panels: Sequence[Tensor], quantized: QuantizedLinear, nearest: QuantizedLinear
+) -> Tensor:
+    """Return what `_errors` returns, from the panels of a split Hessian."""
+    step = sampling_step(weight)
+    of_rows = energies_of_rows(weight, panels)
+    energy, sampled = of_rows.sum(), of_rows[::step].sum()
+    error = energies_of_rows(weight, panels, quantized).sum()
+    rtn_error = energies_of_rows(weight[::step], panels, nearest).sum()
+    if step > 1:
+        rtn_error = torch.where(sampled > 0, rtn_error / sampled, 0) * energy
+    return torch.stack([energy, error, rtn_error])
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,7 +10,12 @@ from gptq_cli.solver import numerics, quantized_linear
 from gptq_cli.solver import solve as solve_module
 from gptq_cli.solver.factor import prepare
 from gptq_cli.solver.grid import ScaleRangeError
-from gptq_cli.solver.quantized_linear import output_energies, round_to_nearest
+from gptq_cli.solver.quantized_linear import (
+    energies_of_rows,
+    output_energies,
+    round_to_nearest,
+    split_panels,
+)
 from gptq_cli.solver.solve import Solution, sampling_step, solve, solve_together
 from tests.simulated_gpu import simulated_gpu
 from tests.solver.samples import correlated_inputs, correlated_layer
@@ -64,15 +69,20 @@ COLUMNS = 96
 
 
 @simulated
-def test_energies_from_tensor_cores_are_nearly_exact(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_energies_from_tensor_cores_are_nearly_exact(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(numerics, "ELEMENTS_PER_CHUNK", {"cpu": 10**6, "cuda": 250})
     monkeypatch.setattr(quantized_linear, "COLUMNS_PER_PANEL", {"cpu": 256, "cuda": 40})
     inputs = correlated_inputs(200, COLUMNS)
     inputs[:, 7] *= 1000  # a massive channel
-    weight = torch.randn(37, COLUMNS, generator=torch.Generator().manual_seed(5))
+    weight = torch.randn(37, COLUMNS, generator=torch.Generator().manual_seed(5)).to(dtype)
     hessian = inputs.T @ inputs
     solved = solve(weight, hessian.float(), prepare(hessian.float(), LAYER, 200), LAYER).quantized
-    exact = output_energies(weight.double(), hessian, [solved])
+    exact = []
+    for matrix in (weight.double(), solved.dequantize().double() - weight.double()):
+        exact.append((inputs @ matrix.T).square().sum(0))
     with simulated_gpu():
         on_device = replace(
             solved,
@@ -81,10 +91,10 @@ def test_energies_from_tensor_cores_are_nearly_exact(monkeypatch: pytest.MonkeyP
             zeros=solved.zeros.to("cuda:0"),
             group_of_column=solved.group_of_column.to("cuda:0"),
         )
-        found = output_energies(
-            weight.to("cuda:0"), hessian.float().to("cuda:0"), [on_device]
-        ).cpu()
-    torch.testing.assert_close(found, exact, rtol=1e-4, atol=0)
+        panels, on_gpu = split_panels(hessian.float().to("cuda:0")), weight.to("cuda:0")
+        found = [energies_of_rows(on_gpu, panels).cpu()]
+        found.append(energies_of_rows(on_gpu, panels, on_device).cpu())
+    torch.testing.assert_close(torch.stack(found), torch.stack(exact), rtol=1e-4, atol=0)
 
 
 def sampled(rows: int, monkeypatch: pytest.MonkeyPatch) -> tuple[Solution, Solution]:
