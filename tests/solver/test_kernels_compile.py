@@ -55,11 +55,13 @@ POINTERS = {
     "best": "*i64",
 }
 NUMBERS = {"max_code": "fp32", "norm": "fp32"}
-COUNTS = {"out_features", "in_features", "zero_offset", "R_stride", "hessian_stride"}
+COUNTS = {"out_features", "in_features", "zero_offset"}
 
 
 def type_of(argument: str) -> str:
     if argument in COUNTS or argument.startswith("n_"):
+        return "i32"
+    if argument.endswith(("_stride", "_distance")):
         return "i32"
     return NUMBERS.get(argument) or POINTERS.get(argument, "*fp32")
 
