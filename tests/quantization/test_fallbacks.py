@@ -18,7 +18,7 @@ from gptq_cli.errors import GateError
 from gptq_cli.events import Event, LayerReport, Resumed, Warned, ignore
 from gptq_cli.planning.plan import plan_run
 from gptq_cli.quantization import layers
-from gptq_cli.quantization.layers import LayerSolver
+from gptq_cli.quantization.layers import Inputs, LayerSolver
 from gptq_cli.quantization.run import QuantizeResult
 from gptq_cli.quantization.run_state import Limits, Run
 from gptq_cli.runtime.ranks import SINGLE_PROCESS
@@ -111,7 +111,7 @@ def test_an_error_in_a_layer_that_runs_twice_names_the_batch(tmp_path: Path) -> 
     )
     alone = LayerSolver(cast(Run, run))
     with pytest.raises(GateError, match="first in one of the windows 9 to 12"):
-        list(alone.solve([layer], inputs, SINGLE_PROCESS))
+        list(alone.solve([[layer]], Inputs.of(inputs), SINGLE_PROCESS))
 
 
 def test_rtn_rounds_and_counts_layers_with_infinite_inputs(

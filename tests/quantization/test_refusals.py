@@ -375,7 +375,7 @@ def test_no_hint_proposes_a_limit_above_free_memory(tmp_path: Path) -> None:
     few = Limit("--max-ram", 1_010_000, 1_000_000, 20_000)
     assert refused([few]) == (f"{start} 20 KB are free", less)
     many = Limit("--max-ram", 1_010_000, 1_000_000, 10**9)
-    more = f"allow more: --max-ram 130MB, or {less}"
+    more = f"allow more: --max-ram 140MB, or {less}"
     assert refused([many]) == (f"{start} 1 GB are free", more)
     assert Limit("--max-ram", 10, 10**6, 10**9, sharers=2).way_out(10**6) == "--max-ram 260MB"
 
@@ -392,13 +392,14 @@ def test_a_run_needs_exactly_the_memory_that_the_plan_counts(preset: str, tmp_pa
     settings = config(preset=preset, nsamples=64, batch_size=4)
     plan = plan_run(save_model(tmp_path / "model"), settings)
     alone = settings.model_copy(update={"true_sequential": False})
-    terms = {term.what: term.nbytes for term in estimate_memory(plan, alone).cpu}
-    del terms["libraries"]
+    estimate = estimate_memory(plan, alone)
+    on_host = sum(term.nbytes for term in estimate.cpu if term.what != "libraries")
+    check_memory(plan, settings, on_host, None)
+    with pytest.raises(ResourceError, match="of host memory"):
+        check_memory(plan, settings, on_host - 1, None)
+    terms = {term.what: term.nbytes for term in estimate.accelerator}
     states = terms.pop("hidden states")
     work = sum(terms.values())
-    check_memory(plan, settings, states + work, None)
-    with pytest.raises(ResourceError, match="of host memory"):
-        check_memory(plan, settings, states + work - 1, None)
     roomy = max(work, 4 * states)
     check_memory(plan, settings, 0, roomy)  # all on the device
     with pytest.raises(ResourceError, match="of device memory"):

@@ -267,8 +267,8 @@ def test_a_retry_starts_after_the_first_attempt_is_freed(
     held: list[weakref.ref[Any]] = []
     usual_sum, usual_state = HessianAccumulator.__init__, HiddenStates.__getitem__
 
-    def sums(self: HessianAccumulator, *arguments: Any) -> None:
-        usual_sum(self, *arguments)
+    def sums(self: HessianAccumulator, *arguments: Any, **options: Any) -> None:
+        usual_sum(self, *arguments, **options)
         held.append(weakref.ref(self._panels[0]))
 
     def state(self: HiddenStates, batch: int) -> Any:
