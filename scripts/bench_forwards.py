@@ -54,7 +54,7 @@ def quantize(model: str, output: str, way: str) -> dict[str, Any]:
 
     nn.Linear.forward = count  # type: ignore[method-assign]
     if way == "replay":
-        memory.WAITING_SHARE = 0.0  # of free memory for paused batches
+        memory.WAITING_SHARE = {"cpu": 0.0}  # of free memory for paused batches
     events: list[Event] = []
     processor = time.process_time()
     config = QuantizeConfig(

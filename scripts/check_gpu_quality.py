@@ -38,16 +38,22 @@ from tests.runs import digest
 PRESETS = ("gptq", "balanced", "best")
 ERRORS_AGREE, KL_AGREES = 0.01, 0.05
 DEVICE_MEMORY = {
-    "every batch repeats the block": (memory, "WAITING_SHARE", 0),
+    "every batch repeats the block": (
+        memory,
+        "WAITING_SHARE",
+        dict.fromkeys(memory.WAITING_SHARE, 0.0),
+    ),
     "states stay on the host": (open_model, "DEVICE_SHARE", 10**9),
 }
 
 
 class Quality:
-    """The checks on one device, in a folder for outputs."""
+    """The checks on one device, in a folder for outputs; `model` is the dense model."""
 
-    def __init__(self, device: str, folder: Path, *, tiny: bool) -> None:
-        self.device, self.folder = device, folder
+    def __init__(
+        self, device: str, folder: Path, *, tiny: bool, model: Path = DEMO / "model"
+    ) -> None:
+        self.device, self.folder, self.model = device, folder, model
         self.nsamples, self.seqlen, self.windows = 64, 512, 16
         if tiny:
             self.nsamples, self.seqlen, self.windows = 16, 64, 2
@@ -93,7 +99,7 @@ class Quality:
 
     def presets(self) -> None:
         """Compare errors and KL of each preset with those of the CPU."""
-        model = DEMO / "model"
+        model = self.model
         for preset in PRESETS:
             started = time.perf_counter()
             here = self.run(model, f"{preset}-here", self.device, preset=preset)
@@ -107,7 +113,7 @@ class Quality:
 
     def repeated_bytes(self) -> None:
         """Run again, and with other use of memory, and compare the bytes."""
-        model, expected = DEMO / "model", self._bytes("balanced-here")
+        model, expected = self.model, self._bytes("balanced-here")
         self.run(model, "again", self.device, preset="balanced")
         self.check("two runs write the same bytes", self._bytes("again") == expected)
         for name, (module, constant, value) in DEVICE_MEMORY.items():
@@ -130,7 +136,7 @@ class Quality:
         """Compare the KL of weights that are decoded on the device and by torch."""
         if self.device == "cpu":
             return
-        output, model = self.folder / "balanced-here", DEMO / "model"
+        output, model = self.folder / "balanced-here", self.model
         decoded = self.kl(output, model, self.device, "triton")
         by_torch = self.kl(output, model, self.device, "torch")
         self.check("decoding on the device", abs(decoded / by_torch - 1) < 1e-3, kl=decoded)

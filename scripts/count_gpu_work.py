@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Count the work of one block on a GPU, and estimate its time from public rates.
 
-    python scripts/count_gpu_work.py --shape llama-3-8b --preset balanced [--json]
+    .venv/bin/python scripts/count_gpu_work.py --shape llama-3-8b --preset balanced [--json]
 
 Needs no GPU: the program itself runs on a simulated device (`tests/counting_gpu.py`) whose tensors
 have shapes but no numbers, so that a block of full size passes in seconds. Every operation, every
@@ -347,7 +347,8 @@ def table(found: dict[str, Any]) -> Iterator[str]:
     waits = f"{found['waits']} waits, {found['waits_behind']} more of other threads"
     launches = f"{found['launches']} launches, {found['kernels']} of them of Triton"
     peak = f"peak {found['peak_device_bytes'] / 1e9:.1f} GB"
-    yield f"a block takes {found['block_seconds']:.2f} s: {launches}; {waits}; {peak}"
+    time = f"{found['block_seconds']:.2f} s (estimated from public rates of an H100, not measured)"
+    yield f"a block takes {time}: {launches}; {waits}; {peak}"
 
 
 def main() -> int:

@@ -2,7 +2,7 @@
 # Check and measure what only a GPU can show: one call of eight minutes, then one of five for what a
 # first fix needs.
 #
-#   scripts/gpu_checks.sh 1 OUT [--device cpu] [--tiny]             every part, the most telling first
+#   scripts/gpu_checks.sh 1 OUT [PART ...] [--device cpu] [--tiny]  every part, the most telling first
 #   scripts/gpu_checks.sh 2 OUT [PART ...] [--device cpu] [--tiny]  some parts again
 #
 # Parts: env quality tests engine llama-3-8b best qwen3-30b-a3b capped llama-3-70b measure
@@ -14,8 +14,11 @@
 # last output is a digest of at most sixty lines, OUT/digest.txt. The exit code is 1 if a part failed.
 set -uo pipefail
 cd "$(dirname "$0")/.."
-call=${1:?which of the two calls: 1 or 2}
-out=${2:?a folder for the results}
+if [[ $# -lt 2 ]]; then
+  echo "usage: scripts/gpu_checks.sh 1|2 OUT [PART ...] [--device cpu] [--tiny]" >&2
+  exit 2
+fi
+call=$1 out=$2
 shift 2
 device=cuda tiny=
 asked=()

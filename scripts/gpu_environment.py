@@ -3,7 +3,8 @@
 
     python scripts/gpu_environment.py
 
-Needs nothing but Python; a package that is absent is named as absent.
+Needs nothing but Python; a package that is absent is named as absent. The exit code is 1 if torch
+is absent.
 """
 
 from __future__ import annotations
@@ -12,8 +13,10 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 import sysconfig
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 
 PACKAGES = (
@@ -39,10 +42,8 @@ def version(package: str) -> str:
 
 def device() -> str:
     """Return what torch tells about the first GPU."""
-    try:
-        import torch
-    except ImportError:
-        return "no torch"
+    import torch
+
     built = f"torch for CUDA {torch.version.cuda}"
     if not torch.cuda.is_available():
         return f"{built}, which sees no GPU"
@@ -51,7 +52,7 @@ def device() -> str:
     return f"{built}: {found.name}, sm_{found.major}{found.minor}, {memory}"
 
 
-def main() -> None:
+def main() -> int:
     header = Path(sysconfig.get_paths()["include"]) / "Python.h"
     compiler = shutil.which("gcc") or shutil.which("clang") or "none"
     print(
@@ -60,12 +61,18 @@ def main() -> None:
     print(f"compiler {compiler}, {os.cpu_count()} processors")
     print(", ".join(f"{package} {version(package)}" for package in PACKAGES))
     print(", ".join(f"{name}={os.environ.get(name)}" for name in VARIABLES))
-    print(device())
+    has_torch = find_spec("torch") is not None
+    if has_torch:
+        print(device())
     if shutil.which("nvidia-smi"):
         query = "--query-gpu=name,driver_version,clocks.max.sm,power.limit,memory.used"
         subprocess.run(["nvidia-smi", query, "--format=csv,noheader"], check=False)
     print(f"disk {shutil.disk_usage('/tmp').free / 1e9:.0f} GB free")
+    if not has_torch:
+        message = f"error: {sys.executable} has no torch; set PYTHON to a Python that has it"
+        print(message, file=sys.stderr)
+    return int(not has_torch)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -134,3 +134,10 @@ def test_products_are_those_of_each_token_with_each_weight(
     hessian = balanced["parts"]["hessian"]["products"]
     # only blocks on and above the diagonal: one of 128 columns, or two
     assert 2 * TOKENS * squares / 2 < hessian <= 2 * TOKENS * squares
+
+
+def test_the_table_says_that_its_time_is_estimated(
+    script: ModuleType, balanced: dict[str, Any]
+) -> None:
+    *_, last = script.table(balanced)
+    assert "s (estimated from public rates of an H100, not measured): " in last

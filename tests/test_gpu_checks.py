@@ -105,9 +105,26 @@ if sys.argv[1:3] == ["-m", "pytest"]:
     assert int(collected[1]) > 50
 
 
-@pytest.mark.parametrize("arguments", [(), ("1",), ("1", "out", "--tidy"), ("3", "out")])
+@pytest.mark.parametrize("arguments", [("1", "out", "--tidy"), ("3", "out")])
 def test_unknown_arguments_are_refused(arguments: tuple[str, ...]) -> None:
-    assert checks(*arguments).returncode in (1, 2)
+    assert checks(*arguments).returncode == 2
+
+
+@pytest.mark.parametrize("arguments", [(), ("1",)])
+def test_too_few_arguments_show_a_usage_line(arguments: tuple[str, ...]) -> None:
+    found = checks(*arguments)
+    assert found.returncode == 2
+    assert found.stderr.startswith("usage: scripts/gpu_checks.sh 1|2 OUT [PART ...]")
+
+
+def test_environment_part_fails_if_python_has_no_torch(tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} -S "$@"\n')  # without site-packages
+    python.chmod(0o755)
+    found = checks("2", str(tmp_path), "env", python=str(python))
+    assert found.returncode == 1
+    assert "env: exit code 1" in found.stdout
+    assert "has no torch; set PYTHON to a Python that has it" in found.stdout
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""Scripts that no test runs still import names that exist."""
+"""Scripts that no test runs whole: names that they import, and constants that they change."""
 
 from __future__ import annotations
 
@@ -6,8 +6,13 @@ import ast
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 
 import pytest
+from torch import nn
+
+from gptq_cli.runtime import memory
+from tests.families import save_model
 
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 OWN = ("gptq_cli", "tests")
@@ -44,3 +49,37 @@ def test_a_name_that_does_not_exist_is_found(tmp_path: Path) -> None:
         "from gptq_cli.errors import GptqError, Absent\nfrom gptq_cli import solver\n"
     )
     assert missing_names(script) == ["gptq_cli.errors.Absent"]
+
+
+def script(name: str, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    return import_module(name)
+
+
+def test_gpu_checks_find_the_same_bytes_with_other_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checks = script("check_gpu_quality", monkeypatch)
+    shape = {"hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 1}
+    model = save_model(tmp_path / "model", "llama", **shape)
+    quality = checks.Quality("cpu", tmp_path, tiny=True, model=model)
+    quality.run(model, "balanced-here", "cpu", preset="balanced")
+    quality.repeated_bytes()
+    assert len(quality.figures) == 3
+    assert quality.failed == []
+    assert "W_MEM_REPLAY: 2 of 2 batches cannot wait inside a block" in capsys.readouterr().out
+
+
+def test_forwards_are_compared_with_a_replay_of_each_stage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = script("bench_forwards", monkeypatch)
+    monkeypatch.setattr(bench, "WINDOWS", 16)
+    monkeypatch.setattr(bench, "SEQLEN", 32)
+    for owner, name in ((memory, "WAITING_SHARE"), (nn.Linear, "forward")):
+        monkeypatch.setattr(owner, name, getattr(owner, name))  # the script changes both
+    model = save_model(tmp_path / "model", "llama", hidden_size=128, intermediate_size=128)
+    lockstep = bench.quantize(str(model), str(tmp_path / "lockstep"), "lockstep")
+    replay = bench.quantize(str(model), str(tmp_path / "replay"), "replay")
+    assert lockstep["executions"] < 2 < replay["executions"]
+    assert lockstep["sha256"] == replay["sha256"]
