@@ -13,7 +13,7 @@ from gptq_cli.config.fields import Panel, seconds
 from gptq_cli.config.layer import BITS
 from gptq_cli.config.resolve import resolve
 from gptq_cli.config.schema import QuantizeConfig
-from gptq_cli.errors import clock, size
+from gptq_cli.errors import clock, shell_words, size
 
 if TYPE_CHECKING:
     from gptq_cli.allocation.result import AllocateResult
@@ -94,6 +94,11 @@ def allocate(
     if resolved.has_goal:
         goal = resolved.config
     _show(console, allocated_result(measured, goal, output))
+    if output is not None:
+        words = ["gptq", "quantize", model, "--config", str(output)]
+        if revision is not None:
+            words += ["--revision", revision]
+        console.say(f"next: {shell_words(words)}")
 
 
 def allocated(
@@ -120,6 +125,8 @@ def _show(console: Console, result: AllocateResult) -> None:
     if chosen is not None:
         lines += ["", *_chosen_lines(chosen), *_picture(measured, chosen)]
     lines += ["", f"time {clock(measured.seconds)}"]
+    if result.output is not None:
+        lines.append(on_one_line(f"written to {result.output}"))
     short: str | Path = ""
     if result.output is not None:
         short = result.output

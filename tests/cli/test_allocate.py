@@ -105,6 +105,15 @@ def test_the_report_of_a_run_shows_what_it_chose_from(gptq: Run, place: Path) ->
     assert page.count("<svg") == 4
 
 
+def test_a_written_configuration_is_named_with_its_use(gptq: Run, place: Path) -> None:
+    file = place / "named.yaml"
+    result = gptq("allocate", *settings(place), WIDTHS, "--bits=2.5", "-o", file)
+    assert result.stdout.splitlines()[-1] == f"written to {file}"
+    following = f"next: gptq quantize {place / 'model'} --config {file}"
+    assert result.stderr.splitlines()[-1] == following
+    assert "next:" not in gptq("allocate", *settings(place), WIDTHS, "--bits=2.5").stderr
+
+
 @pytest.mark.parametrize(
     ("words", "message", "hint"),
     [
