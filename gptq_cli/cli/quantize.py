@@ -387,12 +387,26 @@ def _measuring(result: QuantizeResult, prepared: PreparedRun) -> str:
     words = ["gptq", "eval-ppl", str(result.output), "--baseline", prepared.model]
     source = _own_text(prepared)
     if source is not None:
-        words += ["--dataset", source.name, "--seqlen", str(prepared.config.seqlen)]
+        text = _beside(result.output, source.name)
+        words += ["--dataset", text, "--seqlen", str(prepared.config.seqlen)]
         for column in source.columns:
             words += ["--text-column", column]
         if source.chat_template is not None:
-            words += ["--chat-template", source.chat_template]
+            words += ["--chat-template", _beside(result.output, source.chat_template)]
     return shell_words(words)
+
+
+def _beside(output: Path, name: str) -> str:
+    """Return the file or folder `name` as an absolute path if `output` is one, else unchanged.
+
+    `gptq resume` runs in the folder of the first command, but its user may be in another one.
+    """
+    from gptq_cli.config.corpora import BUILT_IN
+    from gptq_cli.files import expanded
+
+    if output.is_absolute() and name != BUILT_IN:
+        return str(Path.cwd() / expanded(name))
+    return name
 
 
 def _summary(result: QuantizeResult, config: QuantizeConfig) -> list[str]:

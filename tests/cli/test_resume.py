@@ -83,6 +83,22 @@ def test_resume_repeats_the_call_in_its_directory(
     }
 
 
+def test_the_next_command_after_resume_works_in_any_folder(
+    gptq: Run, quantizer: FakeQuantizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    del quantizer
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there/text.txt").write_text("a b c")
+    config = QuantizeConfig(bits=3, dataset="text.txt", seqlen=64)
+    work = begun(tmp_path, config=config.model_dump(mode="json"))
+    monkeypatch.chdir("/")
+    result = gptq("resume", work)
+    assert result.stderr.splitlines()[-2] == (
+        f"next: gptq eval-ppl {tmp_path}/o --baseline org/m --dataset {tmp_path}/there/text.txt "
+        "--seqlen 64"
+    )
+
+
 SEALED = [
     json.dumps(sealed(run)) for run in ({}, {"identity": {}}, {"identity": {}, "request": []})
 ]
