@@ -54,7 +54,8 @@ def explain(
 def _nearest(word: str, codes: Iterable[str]) -> str | None:
     """Return the code that `word` was most likely meant to be, None if none is close.
 
-    The letter before _ says little, and a word may be the beginning of a code.
+    The letter before _ says little, and a word may be the beginning of a code. A slip seldom alters
+    the first letter.
     """
     name = word.partition("_")[2] or word
     best, closest = LEAST_LIKENESS, None
@@ -62,7 +63,7 @@ def _nearest(word: str, codes: Iterable[str]) -> str | None:
         whole = code.partition("_")[2]
         for part in (whole, whole[: len(name)], whole[: len(name) + 1]):
             likeness = SequenceMatcher(None, name, part).ratio()
-            if likeness > best:
+            if part.startswith(name[:1]) and likeness > best:
                 best, closest = likeness, code
     return closest
 

@@ -90,6 +90,7 @@ def test_explain_takes_a_code_in_any_spelling(gptq: Run) -> None:
         ("e_out_exist", "did you mean E_OUT_EXISTS?"),
         ("zzz", "gptq explain lists all codes"),
         ("E_XY", "gptq explain lists all codes"),
+        ("E_NOPE", "gptq explain lists all codes"),
     ],
 )
 def test_an_unknown_code_gets_the_nearest_as_hint(code: str, hint: str, gptq: Run) -> None:
