@@ -347,9 +347,17 @@ def _settings(directory: Path, report: Report) -> dict[str, Any]:
             settings[key] = value
     if config.dataset is not None:
         settings["dataset"] = _public_datasets(config.dataset, report)
+    if config.chat_template is not None:
+        settings["chat_template"] = Path(config.chat_template).name
+        _warn_of_path("chat template", config.chat_template, report)
     if config.lora is not None and config.lora != NO_LORA:
         settings["lora"] = _public_adapters(config.lora, report)
     return settings
+
+
+def _warn_of_path(what: str, path: str, report: Report) -> None:
+    text = f"{CONFIG_FILE} will publish the local path of the {what}: {path}"
+    report(Warned("W_PUSH_PATH", text))
 
 
 def _public_datasets(datasets: str | list[str], report: Report) -> str:
@@ -364,8 +372,7 @@ def _public_datasets(datasets: str | list[str], report: Report) -> str:
         name = path
         if is_path(path):
             name = Path(path).name
-            text = f"{CONFIG_FILE} will publish the local path of the dataset: {path}"
-            report(Warned("W_PUSH_PATH", text))
+            _warn_of_path("dataset", path, report)
         if share is not None:
             name = f"{name}:{share}"
         names.append(name)
@@ -377,8 +384,7 @@ def _public_adapters(adapters: str | list[str], report: Report) -> str:
     if isinstance(adapters, str):
         adapters = [adapters]
     for adapter in adapters:
-        text = f"{CONFIG_FILE} will publish the local path of the adapter: {adapter}"
-        report(Warned("W_PUSH_PATH", text))
+        _warn_of_path("adapter", adapter, report)
     return ", ".join(Path(adapter).name for adapter in adapters)
 
 
