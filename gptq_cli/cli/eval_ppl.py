@@ -209,7 +209,8 @@ def _too_little_agreement(result: EvalResult, limits: Limits) -> Problem | None:
 def _unusable(result: EvalResult, max_ppl: float) -> Problem | None:
     """Return the problem if perplexity is above its limit or not finite, else None."""
     ppl, before = result.perplexity, result.baseline_perplexity
-    hint = "try --dtype float32; for a quantized model: gptq verify DIR --full"
+    hint = "try --dtype float32, or other text if the model does not know this one; "
+    hint += "for a quantized model: gptq verify DIR --full"
     if before is not None and max_ppl < before < math.inf and ppl < math.inf:
         message = f"perplexity {ppl:.6g} is above the {max_ppl:g} of --max-ppl"
         message += f", but so is the {before:.6g} of the baseline: the text does not suit the model"
