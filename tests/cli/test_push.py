@@ -17,6 +17,8 @@ import pytest
 import yaml
 
 from gptq_cli.checkpoint.verify import verify_checkpoint
+from gptq_cli.events import Warned
+from gptq_cli.publish.push import _settings
 from gptq_cli.storage.manifest import sealed
 from tests.families import save_model, texts
 from tests.hub import Fault, Hub, Reply, serve
@@ -437,6 +439,17 @@ def test_the_base_model_of_the_manifest_needs_no_flag(
     assert front_matter(card)["base_model"] == "org/source"
     assert front_matter(card)["datasets"] == ["Salesforce/wikitext"]
     assert f"gptq quantize org/source --revision {'b' * 40} --config gptq_config.yaml" in card
+
+
+def test_a_card_leaves_out_the_folder_of_a_chat_template(tmp_path: Path) -> None:
+    (tmp_path / "gptq_config.yaml").write_text("bits: 4\nchat_template: /secret/chat.jinja\n")
+    warned: list[object] = []
+    settings = _settings(tmp_path, warned.append)
+    assert settings["chat_template"] == "chat.jinja"
+    [warning] = warned
+    assert isinstance(warning, Warned)
+    assert warning.code == "W_PUSH_PATH"
+    assert warning.message.endswith("the local path of the chat template: /secret/chat.jinja")
 
 
 def test_a_dry_run_prints_a_card_that_push_accepts(push: Push, hub: Hub, tmp_path: Path) -> None:
