@@ -180,6 +180,7 @@ def test_rewriting_tells_its_bytes(command: str, workspace: Path) -> None:
         dequantize(QUANTIZED, "new", on_event=events.append)
     written = weights("new")
     assert phases(events) == [
+        ("verify", listed(QUANTIZED)),
         (command, written),
         ("verify", written),
         ("manifest", listed("new")),

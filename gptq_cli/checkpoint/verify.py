@@ -9,7 +9,7 @@ no torch.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -194,6 +194,27 @@ def _wrong_numbers(directory: Path, defect: Defect) -> InputError:
     if defect.hint:
         hint = f"{defect.hint}; {hint}"
     return InputError(defect.code, message, hint=hint)
+
+
+def refuse_damaged(
+    directory: Path, hashes: Mapping[str, str] | None = None, report: Report = ignore
+) -> None:
+    """Raise GateError E_CKPT_HASH if a file is not the one that `gptq_manifest.json` lists.
+
+    Without a manifest nothing is checked. `hashes` are the known hashes of files; without them all
+    listed files are hashed. Files that were added or removed are not refused.
+    """
+    _, defects = check_manifest(directory, full=hashes is None, report=report)
+    damaged = []
+    for defect in defects:
+        if defect.code == "E_CKPT_HASH" and defect.effect == "numbers":
+            damaged.append(defect)
+    if hashes and not damaged and is_file(directory / MANIFEST):
+        damaged = _other_hashes(directory, hashes)
+    if damaged:
+        message = f"`{directory}`, {damaged[0].place}: {damaged[0].message}"
+        hint = f"copy or download it again; if you changed it on purpose, remove {MANIFEST}"
+        raise GateError("E_CKPT_HASH", message, hint=hint)
 
 
 # ---------------------------------------------------------------- settings, files and modules
@@ -430,7 +451,20 @@ def _check_hashes(
     report(PhaseStarted("verify", f"the hashes of {size(total)}"))
     paths = [directory / name for name in names]
     for name, found in zip(names, file_hashes(paths, ByteCount(report, total)), strict=True):
-        listed = entries[name].get("sha256")
-        if found != listed:
-            digests = f"{found[:12]}..., but the manifest lists {str(listed)[:12]}..."
-            yield Defect("E_CKPT_HASH", f"has SHA-256 {digests}", name)
+        yield from _check_hash(name, found, entries[name])
+
+
+def _check_hash(name: str, found: str, entry: dict[str, Any]) -> Iterator[Defect]:
+    listed = entry.get("sha256")
+    if found != listed:
+        digests = f"{found[:12]}..., but the manifest lists {str(listed)[:12]}..."
+        yield Defect("E_CKPT_HASH", f"has SHA-256 {digests}", name)
+
+
+def _other_hashes(directory: Path, hashes: Mapping[str, str]) -> list[Defect]:
+    """Return the listed files whose known hash is not the one in the manifest."""
+    defects: list[Defect] = []
+    listed = _listed_files(read_json(directory / MANIFEST)) or {}
+    for name in listed.keys() & hashes.keys():
+        defects += _check_hash(name, hashes[name], listed[name])
+    return sorted(defects, key=lambda defect: defect.place)

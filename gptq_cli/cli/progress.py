@@ -52,13 +52,14 @@ class _Step:
     def __init__(self, name: str, began: float) -> None:
         self.name, self.began, self.spoke = name, began, began
         self.tenths = 0
-        self.bar = self.state = ""
+        self.state = ""
+        self.bytes = BytesDone(0, 1)
 
     def advance(self, event: BytesDone, now: float) -> bool:
         """Note the bytes; return whether a log gets a line: a tenth is done, the last is old."""
         left = (now - self.began) * (event.total - event.done) / event.done
         percent = 100 * event.done // event.total
-        self.bar = _bar(event.done, event.total)
+        self.bytes = event
         self.state = f"{percent} % of {size(event.total)}, {clock(left)} left"
         tenths = TENTHS * event.done // event.total
         if tenths == self.tenths or now - self.spoke < APART:
@@ -218,20 +219,27 @@ class Progress:
     def _view(self) -> str:
         """Return the live view: three short lines about progress, current layer and memory."""
         layer = on_one_line(self._layer)
-        if self._step.bar:
-            return f"{self._step.name} {self._step.bar} {self._step.state}\n{layer}"
+        if self._step.state:
+            done, total = self._step.bytes.done, self._step.bytes.total
+            return self._bar(self._step.name, done, total, self._step.state) + f"\n{layer}"
         if self._block is None:
             return layer
         n_blocks = self._block.n_blocks
-        bar, left = _bar(self._done, n_blocks), self._eta(self._done, n_blocks)
-        lines = [f"block {self._block.index + 1}/{n_blocks} {bar} {left} left", layer]
+        where, left = f"block {self._block.index + 1}/{n_blocks}", self._eta(self._done, n_blocks)
+        lines = [self._bar(where, self._done, n_blocks, f"{left} left"), layer]
         if self._memory:
             lines.append(f"memory {self._memory}")
         return "\n".join(lines)
 
-
-def _bar(done: int, total: int) -> str:
-    return ("█" * (BAR * done // total)).ljust(BAR, "░")
+    def _bar(self, start: str, done: int, total: int, end: str) -> str:
+        """Return a line with a bar, which is shorter on a terminal with few columns."""
+        cells = BAR
+        if self._live:
+            cells = min(BAR, self._live.console.width - len(f"{start}  {end}"))
+        if cells <= 0:
+            return f"{start} {end}"
+        bar = ("█" * (cells * done // total)).ljust(cells, "░")
+        return f"{start} {bar} {end}"
 
 
 def _live_view() -> Live:

@@ -36,7 +36,7 @@ from gptq_cli.checkpoint.quantization_config import (
 )
 from gptq_cli.checkpoint.reader import DequantizingReader, columns_in_order, encode
 from gptq_cli.checkpoint.source import Checkpoint
-from gptq_cli.checkpoint.verify import check_written
+from gptq_cli.checkpoint.verify import check_written, refuse_damaged
 from gptq_cli.checkpoint.writer import CheckpointWriter, copy_side_files
 from gptq_cli.config.layer import FORMATS, GPTQ_FORMATS, formats_for, misfits
 from gptq_cli.config.resolve import resolve, to_yaml
@@ -61,7 +61,7 @@ def convert_checkpoint(
     ConfigError E_CFG_NOTHING_TO_DO if nothing would change, E_CFG_FORMAT if `to` cannot store a
     layer; InputError E_CKPT_QUANTIZED if the checkpoint cannot be decoded, E_CKPT_ZEROS if a zero
     point of 0 would have to be stored as -1, about which engines disagree, and the code of a defect
-    that is not corrected here.
+    that is not corrected here; GateError E_CKPT_HASH if a file differs from the source's manifest.
     """
     source, modules, defects = open_source(model, output, report, overwrite=overwrite)
     _refuse_lasting(source, defects)
@@ -72,6 +72,7 @@ def convert_checkpoint(
         raise ConfigError("E_CFG_NOTHING_TO_DO", message, hint="use it unchanged")
     conversion = _Conversion(source, modules, to)
     conversion.check()
+    refuse_damaged(source.directory, report=report)
     with fresh(output, report) as work:
         layers = counted(len(modules), "layer")
         report(PhaseStarted("convert", f"{layers} from {format} to {to}"))

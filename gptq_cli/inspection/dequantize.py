@@ -13,6 +13,7 @@ from gptq_cli.checkpoint.layout import TensorSpec
 from gptq_cli.checkpoint.quantization_config import without_quantization
 from gptq_cli.checkpoint.reader import SAFETENSORS_DTYPE, open_reader
 from gptq_cli.checkpoint.source import Checkpoint
+from gptq_cli.checkpoint.verify import refuse_damaged
 from gptq_cli.checkpoint.writer import CheckpointWriter, copy_side_files
 from gptq_cli.errors import InputError, counted
 from gptq_cli.events import LayerStarted, PhaseStarted, Report, ignore
@@ -38,13 +39,14 @@ def dequantize_checkpoint(
     With `dtype` auto, weights get the dtype in config.json, or else that of the tensors beside
     them, and the other tensors are copied byte for byte. Any other `dtype` is given to all floats.
     Raises InputError E_CKPT_QUANTIZED if it cannot be decoded, E_CKPT_NONFINITE if a weight
-    does not fit the dtype.
+    does not fit the dtype; GateError E_CKPT_HASH if a file differs from the source's manifest.
     """
     source, _, _ = open_source(model, output, report, overwrite=overwrite)
     warn_of(source, report)
     wanted = STORED_DTYPES[declared_dtype(source)] if dtype == "auto" else DTYPES[dtype]
     weights = _PlainWeights(source, wanted, cast=dtype != "auto")
     n_layers = len(weights.plain.parts)
+    refuse_damaged(source.directory, report=report)
     with fresh(output, report) as work:
         layers = counted(n_layers, "layer")
         report(PhaseStarted("dequantize", f"{layers} to {_name_of(wanted)}"))

@@ -29,7 +29,7 @@ from gptq_cli.checkpoint.defects import Defect
 from gptq_cli.checkpoint.headers import header_identity, scan_weights
 from gptq_cli.checkpoint.model_files import MODELOPT_CONFIG, index_file
 from gptq_cli.checkpoint.source import Checkpoint
-from gptq_cli.checkpoint.verify import check_manifest
+from gptq_cli.checkpoint.verify import check_manifest, refuse_damaged
 from gptq_cli.checkpoint.writer import CheckpointWriter
 from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.errors import ExistsError, GateError, GptqError, InputError, __version__, size
@@ -159,7 +159,7 @@ def _files(source: Checkpoint, commit: str | None, report: Report) -> dict[str, 
     """Return the hash of each file that is read; of a commit's shards, the hash of the header.
 
     Every weight is read here, unless it is downloaded later. Raises InputError E_CKPT_NONFINITE if
-    one is not finite.
+    one is not finite, GateError E_CKPT_HASH if a file differs from the manifest of the source.
     """
     beside = [source.directory / "config.json", source.directory / MODELOPT_CONFIG]
     beside.append(index_file(source.directory))
@@ -174,6 +174,7 @@ def _files(source: Checkpoint, commit: str | None, report: Report) -> dict[str, 
         known[path.relative_to(source.directory).as_posix()] = found
     if source.download is not None:
         return known | source.download.identities
+    refuse_damaged(source.directory, known)
     if commit:
         return known | _headers(source)
     return known

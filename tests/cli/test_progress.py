@@ -114,6 +114,21 @@ def test_a_terminal_gets_a_bar_of_the_bytes(monkeypatch: pytest.MonkeyPatch) -> 
     assert "left\r\n" not in terminal.getvalue()  # no line of a log beside the bar
 
 
+@pytest.mark.parametrize("columns", [30, 40, 60])
+def test_a_narrow_terminal_shortens_the_bar(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", str(columns))
+    with Progress(Console(), now=lambda: 0.0) as progress:
+        progress(BlockStarted(3, 4, "b"))
+        progress(BlockFinished(2, 4, "b", 10.0, 10**9, 0))
+        first = progress._view().splitlines()[0]
+    assert len(first) <= columns
+    assert re.fullmatch(r"block 4/4 █+░+ 0:00:10 left", first)
+    assert "0:00:10 left" in terminal.getvalue()
+
+
 def test_the_view_ends_before_the_client_of_the_hub_draws(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

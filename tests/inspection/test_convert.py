@@ -91,7 +91,7 @@ def test_converting_only_shifts_zero_points_by_one(
 
 def test_converted_settings_change_only_the_format(model: Path, tmp_path: Path) -> None:
     source, _ = quantize(tmp_path, model)
-    (source / "gptq_manifest.json").write_text("{}")
+    (source / "gptq_manifest.json").unlink()
     convert_checkpoint(str(source), tmp_path / "v2", "gptq_v2")
     changed = {"checkpoint_format": "gptq_v2", "format": "gptq_v2"}
     old, new = (json_of(folder, "quantize_config.json") for folder in (source, tmp_path / "v2"))
@@ -109,6 +109,7 @@ def test_a_zero_point_of_zero_does_not_fit_the_gptq_format(model: Path, tmp_path
     tensors = load_file(source / "model.safetensors")
     tensors["model.layers.1.mlp.up_proj.qzeros"][1, 3] &= ~(15 << 8)
     save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    (source / "gptq_manifest.json").unlink()
     with pytest.raises(
         InputError, match=r"`model\.layers\.1\.mlp\.up_proj` has zero points of 0"
     ) as caught:
@@ -201,6 +202,7 @@ def test_weights_that_a_dtype_cannot_hold_are_refused(model: Path, tmp_path: Pat
     tensors = load_file(source / "model.safetensors")
     tensors["model.layers.1.mlp.up_proj.scales"][0, 0] = 60_000.0
     save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    (source / "gptq_manifest.json").unlink()
     with pytest.raises(InputError, match="not finite as float16") as caught:
         dequantize_checkpoint(str(source), tmp_path / "plain", "float16")
     assert (caught.value.code, caught.value.exit_code) == ("E_CKPT_NONFINITE", 3)
@@ -213,6 +215,7 @@ def test_numbers_that_no_dtype_can_hold_are_damage(model: Path, tmp_path: Path) 
     tensors = load_file(source / "model.safetensors")
     tensors["model.layers.0.input_layernorm.weight"][0] = math.nan
     save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    (source / "gptq_manifest.json").unlink()
     with pytest.raises(InputError, match="not finite: the checkpoint is damaged") as caught:
         dequantize_checkpoint(str(source), tmp_path / "plain", "float16")
     assert (caught.value.code, caught.value.exit_code) == ("E_CKPT_NONFINITE", 3)
@@ -311,6 +314,51 @@ def test_a_call_removes_remains_of_a_killed_equal_call(
     result = CliRunner().invoke(app, words)
     assert (result.exit_code, "error[E_OUT_EXISTS]" in result.stderr) == (6, True)
     assert not work.exists()
+
+
+def flip_a_bit(checkpoint: Path) -> None:
+    """Change one bit in the last packed word of the first linear's codes."""
+    file = checkpoint / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    header_bytes = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + header_bytes])
+    name = next(name for name in header if name.endswith(".qweight"))
+    content[8 + header_bytes + header[name]["data_offsets"][1] - 1] ^= 1
+    file.write_bytes(content)
+
+
+DAMAGED = {
+    "convert": ["convert", "--to", "compressed-tensors"],
+    "dequantize": ["dequantize"],
+    "quantize": ["quantize", "--group-size", "64", "--allow-requantize"],
+}
+
+
+@pytest.mark.parametrize("command", DAMAGED)
+def test_a_flipped_bit_of_the_source_is_refused(command: str, packed: Path, tmp_path: Path) -> None:
+    source, text = tmp_path / "source", tmp_path / "text.txt"
+    shutil.copytree(packed, source)
+    flip_a_bit(source)
+    text.write_text("one two three " * 2000)
+    words = [*DAMAGED[command], str(source), "-o", str(tmp_path / "out")]
+    if command == "quantize":
+        words += ["--dataset", str(text), "--nsamples", "4", "--seqlen", "32"]
+    result = CliRunner().invoke(app, words)
+    assert result.exit_code == 4, result.stderr
+    line = rf"error\[E_CKPT_HASH\]: `{source}`, model\.safetensors: has SHA-256 \w+\.\.\., but the"
+    assert re.search(line, re.sub(r"\s*\n\s*", " ", result.stderr)), result.stderr
+    hint = "copy or download it again; if you changed it on purpose, remove gptq_manifest.json"
+    assert hint in re.sub(r"\s*\n\s*", " ", result.stderr)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source", "text.txt"]
+
+
+def test_a_changed_source_without_a_manifest_is_converted(packed: Path, tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    shutil.copytree(packed, source)
+    flip_a_bit(source)
+    (source / "gptq_manifest.json").unlink()
+    convert_checkpoint(str(source), tmp_path / "out", "gptq_v2")
+    assert verify_checkpoint(tmp_path / "out", full=True).ok
 
 
 def test_convert_does_not_remove_work_of_quantize(model: Path, tmp_path: Path) -> None:
