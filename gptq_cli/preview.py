@@ -11,7 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gptq_cli.calibration.corpus import DatasetSource, calibration_sources, check_source, is_path
+from gptq_cli.calibration.corpus import (
+    DatasetSource,
+    calibration_sources,
+    check_source,
+    is_path,
+    windows_need,
+)
 from gptq_cli.checkpoint.decoded import forward_dtype
 from gptq_cli.checkpoint.layout import TensorSpec
 from gptq_cli.checkpoint.locate import peek_model
@@ -437,7 +443,7 @@ def _uncounted(source: DatasetSource, n_windows: int, config: QuantizeConfig) ->
     windows = f"{n_windows} documents of up to {config.seqlen} tokens are needed"
     if config.pack:
         needed = n_windows * config.seqlen
-        windows = f"{n_windows} windows of {config.seqlen} need {needed:,} tokens at most"
+        windows = f"{windows_need(n_windows, config.seqlen, needed)} tokens at most"
     summary = f"{source.name}, not read yet; {windows}"
     return TextPlan(source.name, None, None, None, None, n_windows, needed, summary)
 

@@ -38,7 +38,7 @@ from gptq_cli.config.corpora import (
     Purpose,
 )
 from gptq_cli.config.schema import QuantizeConfig
-from gptq_cli.errors import ConfigError, GptqError, InputError
+from gptq_cli.errors import ConfigError, GptqError, InputError, counted
 from gptq_cli.files import expanded, file_errors, hint_at_near, is_directory, status_of
 from gptq_cli.hub_errors import id_flaw, pasted_id
 
@@ -278,6 +278,14 @@ class Documents:
         """Yield the texts, each but the first with the string that joins it to the one before."""
         for position, text in enumerate(self.texts):
             yield text if position == 0 else self.join + text
+
+
+def windows_need(nsamples: int, seqlen: int, tokens: int) -> str:
+    """Return what windows need, in the words of the line about the text."""
+    verb = "need"
+    if nsamples == 1:
+        verb = "needs"
+    return f"{counted(nsamples, 'window')} of {seqlen} {verb} {tokens:,}"
 
 
 def load_documents(source: DatasetSource, template: ChatTemplate | None = None) -> Documents:

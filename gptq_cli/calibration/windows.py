@@ -10,10 +10,12 @@ with the next chat: always as the chat template begins a chat (docs/decisions/00
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cached_property
 from hashlib import sha256
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +30,10 @@ from gptq_cli.calibration.corpus import (
     calibration_sources,
     is_path,
     load_documents,
+    windows_need,
 )
 from gptq_cli.config.schema import QuantizeConfig
-from gptq_cli.errors import ConfigError, GptqError, InputError
+from gptq_cli.errors import ConfigError, GptqError, InputError, counted
 from gptq_cli.files import file_cause, file_errors
 from gptq_cli.models.remote_code import remote_code_refusal
 
@@ -38,6 +41,8 @@ Encode = Callable[[str, bool], list[int]]  # text, add_special_tokens -> ids
 POOL = 8
 LEAST_ADVISED = 32  # tokens of a window; shorter ones show little of what a model sees
 PIECE = 1_000_000  # characters tokenized at a time for calibration
+TRIED = 30_000_000  # letters x turns of chats that are packed again to find a length that fits
+COMPARED = 1024  # ids compared at a time
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -126,7 +131,7 @@ class Pool:
     whole: bool
     length: int | None
     cut: int = 0
-    chats: Sequence[str] = ()
+    chats: Sequence[ChatText] = ()
 
 
 def calibration_windows(
@@ -194,12 +199,12 @@ def _pool_of_chats(chats: Iterable[str], encode: Encode, seqlen: int, most: int)
     windows: list[list[int]] = []
     window: list[int] = []
     cut = 0
-    read: list[str] = []
+    read: list[ChatText] = []
     for chat in chats:
         assert isinstance(chat, ChatText)
         read.append(chat)
         whole = encode(chat, False)
-        later = chat.later()
+        later = _later_ids(chat, encode, whole)
         ids = whole
         while len(window) + len(ids) >= seqlen:
             room = seqlen - len(window)
@@ -208,7 +213,7 @@ def _pool_of_chats(chats: Iterable[str], encode: Encode, seqlen: int, most: int)
             if len(windows) == most:
                 return Pool(windows, most * seqlen, False, seqlen, cut, read)
             unseen = len(ids) - room
-            ids, held = _next_turn(later, encode, whole, unseen, seqlen)
+            ids, held = _next_turn(later, whole, unseen, seqlen)
             cut += unseen - held
         window += ids
     tokens = len(windows) * seqlen + len(window)
@@ -216,7 +221,7 @@ def _pool_of_chats(chats: Iterable[str], encode: Encode, seqlen: int, most: int)
 
 
 def _next_turn(
-    later: Iterator[str], encode: Encode, whole: list[int], unseen: int, seqlen: int
+    later: Iterator[list[int]], whole: list[int], unseen: int, seqlen: int
 ) -> tuple[list[int], int]:
     """Return the ids of a chat from its next turn on, and how many `unseen` tokens they hold.
 
@@ -225,8 +230,7 @@ def _next_turn(
     beginning that fills a window of `seqlen` with what each window of this chat begins with shows
     nothing new.
     """
-    for text in later:
-        ids = encode(text, False)
+    for ids in later:
         ahead = _n_equal(ids, whole)
         behind = _n_equal(ids[::-1], whole[::-1])
         if min(len(ids) - ahead, behind) <= unseen and ahead < seqlen:
@@ -236,10 +240,52 @@ def _next_turn(
 
 def _n_equal(first: list[int], second: list[int]) -> int:
     """Return how many ids from the first on are the same in both."""
-    for number, (one, other) in enumerate(zip(first, second, strict=False)):
+    equal = 0
+    while first[equal : equal + COMPARED] == second[equal : equal + COMPARED]:
+        equal += COMPARED
+        if equal >= max(len(first), len(second)):
+            return len(first)
+    for one, other in zip(first[equal:], second[equal:], strict=False):
         if one != other:
-            return number
-    return min(len(first), len(second))
+            break
+        equal += 1
+    return equal
+
+
+def _later_ids(chat: ChatText, encode: Encode, whole: list[int]) -> Iterator[list[int]]:
+    """Yield the ids of a chat from each later turn on; `whole` are the ids of all of it.
+
+    The template renders all the rest each time, because it may look at the last turn. The texts
+    share almost all of their pieces, so each piece is tokenized once, if the pieces of the whole
+    chat give the ids of the whole.
+    """
+    if isinstance(encode, Encoder):
+        pieces = _Pieces(encode)
+        if pieces(chat, False) == whole:
+            encode = pieces
+    for text in chat.later():
+        yield encode(text, False)
+
+
+class _Pieces:
+    """An encoder of texts that have pieces in common: each piece is tokenized once.
+
+    A piece begins with a special token, where a tokenizer splits a text before all else.
+    """
+
+    def __init__(self, encoder: Encoder) -> None:
+        self.encoder = encoder
+        self.known: dict[str, list[int]] = {}
+
+    def __call__(self, text: str, add_special_tokens: bool) -> list[int]:
+        begins = [match.start() for match in self.encoder.marks.finditer(text)]
+        ids: list[int] = []
+        for begin, end in pairwise([0, *begins, len(text)]):
+            piece = text[begin:end]
+            if piece not in self.known:
+                self.known[piece] = self.encoder(piece, add_special_tokens)
+            ids += self.known[piece]
+        return ids
 
 
 def read_documents(
@@ -299,15 +345,23 @@ class Part:
             gives = f"has {held} documents with tokens"
             hint = "give more documents, fewer --nsamples, or leave out --no-pack"
         else:
-            gives = f"gives {held} windows of {self.seqlen} tokens ({self.pool.tokens:,} tokens)"
-            hint = _more_text(held, self.fitting_seqlen)
+            gives = f"gives {counted(held, 'window')} of {self.seqlen} tokens ({self._n_tokens})"
+            hint = _more_text(held, self.fitting_seqlen, cut=self.pool.cut > 0)
         return _too_short(self.documents, gives, self.nsamples, hint)
+
+    @property
+    def _n_tokens(self) -> str:
+        """The tokens that were read, and those of chats that are cut off."""
+        if self.pool.cut:
+            return f"{self.pool.tokens:,} tokens, {self.pool.cut:,} more are cut off"
+        return f"{self.pool.tokens:,} tokens"
 
     @property
     def fitting_seqlen(self) -> int:
         """The length of windows of which the text gives enough, up to `seqlen`.
 
-        It is less than LEAST_ADVISED if no length that is worth advice fits.
+        It is less than LEAST_ADVISED if no length that is worth advice fits, or if the chats
+        have so many turns that it takes long to find one.
         """
         if len(self.pool.windows) >= self.nsamples:
             return self.seqlen
@@ -317,11 +371,12 @@ class Part:
 
     def _fitting_chats(self) -> int:
         """Return `fitting_seqlen` of chats by trial: a shorter window cuts at other turns."""
-        encode = cache(self.encode)
         fits, too_long = LEAST_ADVISED - 1, self.seqlen
+        if sum(len(chat) * len(chat.chat.messages) for chat in self.pool.chats) > TRIED:
+            return fits
         while too_long - fits > 1:
             tried = (fits + too_long) // 2
-            pool = _pool_of_chats(self.pool.chats, encode, tried, self.nsamples)
+            pool = _pool_of_chats(self.pool.chats, self.encode, tried, self.nsamples)
             if len(pool.windows) == self.nsamples:
                 fits = tried
             else:
@@ -347,7 +402,7 @@ class Part:
             held = f"{held} read"
         needed = f"{self.nsamples} documents of up to {self.seqlen} tokens are needed"
         if self.needed_tokens is not None:
-            needed = f"{self.nsamples} windows of {self.seqlen} need {self.needed_tokens:,}"
+            needed = windows_need(self.nsamples, self.seqlen, self.needed_tokens)
             if self.pool.length != self.seqlen:
                 needed += " beside the first token of each"
         return f"{self.documents.name}, {held}; {needed}"
@@ -425,7 +480,9 @@ def shortages(parts: Sequence[Part], config: QuantizeConfig) -> list[InputError]
     from gptq_cli.calibration.mixture import fitting_nsamples
 
     nsamples = fitting_nsamples(config, [len(part.pool.windows) for part in parts])
-    hint = _more_text(nsamples, min(part.fitting_seqlen for part in parts), " in all")
+    fitting = min(part.fitting_seqlen for part in parts)
+    is_cut = any(part.pool.cut for part in parts)
+    hint = _more_text(nsamples, fitting, " in all", cut=is_cut)
     for number, error in enumerate(errors):
         if error.code == "E_DATA_SHORT":
             errors[number] = InputError(error.code, str(error), hint=hint)
@@ -522,23 +579,32 @@ def _empty(documents: Documents) -> InputError:
 
 
 def _too_short(documents: Documents, gives: str, asked: int, hint: str) -> InputError:
-    message = f"dataset `{documents.name}` {gives}, but {asked} are needed"
+    verb = "are"
+    if asked == 1:
+        verb = "is"
+    message = f"dataset `{documents.name}` {gives}, but {asked} {verb} needed"
     return InputError("E_DATA_SHORT", message, hint=hint)
 
 
-def _more_text(nsamples: int, seqlen: int, scope: str = "") -> str:
-    """Return the hint for too little text, with what would fit: one of the two, if it is enough."""
+def _more_text(nsamples: int, seqlen: int, scope: str = "", *, cut: bool = False) -> str:
+    """Return the hint for too little text, with what would fit: one of the two, if it is enough.
+
+    With `cut` it says why much of the chats is cut off.
+    """
+    more = "give more text"
+    if cut:
+        more += " (a long answer gives only its beginning)"
     fits = []
     if nsamples:
-        fits.append(f"{nsamples} windows{scope} (--nsamples)")
+        fits.append(f"{counted(nsamples, 'window')}{scope} (--nsamples)")
     if seqlen >= LEAST_ADVISED:
         fits.append(f"windows of {seqlen} tokens (--seqlen)")
     if not fits:
-        return "give more text"
-    return f"give more text, or what fits: {' or '.join(fits)}"
+        return more
+    return f"{more}, or what fits: {' or '.join(fits)}"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Encoder:
     """A callable tokenizer; `bos_token_id` is None if it puts no token before a text."""
 
@@ -550,6 +616,15 @@ class Encoder:
         encoded = self.tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)
         ids: list[int] = encoded["input_ids"]
         return ids
+
+    @cached_property
+    def marks(self) -> re.Pattern[str]:
+        """The special tokens in a text; without any, nothing matches."""
+        added = getattr(self.tokenizer, "added_tokens_decoder", {}).values()
+        special = [token.content for token in added if token.special and token.content]
+        if not special:
+            return re.compile("(?!)")
+        return re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))))
 
 
 def load_encoder(directory: Path, *, trust_remote_code: bool) -> Encoder:

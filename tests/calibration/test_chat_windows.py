@@ -8,15 +8,16 @@ from __future__ import annotations
 import re
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from tokenizers.processors import TemplateProcessing
-from transformers import AutoTokenizer
+from transformers import AddedToken, AutoTokenizer
 
 from gptq_cli.calibration.chats import ChatTemplate
 from gptq_cli.calibration.corpus import DatasetSource, Documents, load_documents
 from gptq_cli.calibration.windows import (
+    Encoder,
     Part,
     Pool,
     calibration_windows,
@@ -141,8 +142,9 @@ def next_question(turns: list[Turn], shown: int) -> int:
 @pytest.mark.parametrize("first", ["<s>", ""])
 @pytest.mark.parametrize("seqlen", [26, 33, 57, 64, 100, 171])
 def test_windows_of_chats_are_those_of_the_slow_way(
-    seqlen: int, first: str, tmp_path: Path
+    seqlen: int, first: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("gptq_cli.calibration.windows.COMPARED", 8)
     template = TEMPLATE if first else TURNS
     chats = Chats(tmp_path, [row(*turns) for turns in conversations()], template, adds_bos=True)
     found = chats.texts(seqlen)
@@ -273,8 +275,8 @@ def test_the_hint_names_lengths_that_fit_chats(tmp_path: Path) -> None:
         draw(26, 100)
     assert (caught.value.code, caught.value.exit_code) == ("E_DATA_SHORT", 3)
     fits = re.fullmatch(
-        r"give more text, or what fits: (\d+) windows \(--nsamples\) or windows of (\d+) tokens "
-        r"\(--seqlen\)",
+        r"give more text \(a long answer gives only its beginning\), or what fits: "
+        r"(\d+) windows \(--nsamples\) or windows of (\d+) tokens \(--seqlen\)",
         caught.value.hint or "",
     )
     assert fits is not None
@@ -284,3 +286,75 @@ def test_the_hint_names_lengths_that_fit_chats(tmp_path: Path) -> None:
         draw(int(fits[1]) + 1, 100)
     with pytest.raises(InputError):
         draw(26, int(fits[2]) + 1)
+
+
+def questions(number: int) -> Row:
+    turns: list[Turn] = []
+    for index in range(number):
+        turns += [("user", f"{index} " * 15), ("assistant", f"answer {index} " * 5)]
+    return row(*turns)
+
+
+class FirstLetterDiffers:
+    """A tokenizer of letters that marks the first letter of each text, and counts letters."""
+
+    added_tokens_decoder: ClassVar = {1: AddedToken("</s>", special=True)}
+
+    def __init__(self, mark: int) -> None:
+        self.mark = mark
+        self.letters = 0
+
+    def __call__(self, text: str, **_: bool) -> dict[str, list[int]]:
+        self.letters += len(text)
+        ids = [ord(letter) for letter in text]
+        return {"input_ids": [ids[0] + self.mark, *ids[1:]] if ids else []}
+
+
+def packed(chats: Chats, mark: int) -> tuple[Pool, int]:
+    """The windows [70] of chats, and how many letters were tokenized."""
+    tokenizer = FirstLetterDiffers(mark)
+    encoder = Encoder(tokenizer, None)
+    return read_pool(chats.documents, encoder, seqlen=70, nsamples=100), tokenizer.letters
+
+
+def test_a_chat_of_many_turns_is_tokenized_about_once(tmp_path: Path) -> None:
+    chats = Chats(tmp_path, [questions(60)])
+    letters = len(next(iter(chats.documents.texts)))
+    pool, tokenized = packed(chats, 0)
+    assert len(pool.windows) == 60
+    assert tokenized < 3 * letters
+
+
+def test_texts_are_tokenized_whole_if_pieces_give_other_ids(tmp_path: Path) -> None:
+    chats = Chats(tmp_path, [questions(20)])
+    pool, tokenized = packed(chats, 1000)
+    plain = read_pool(chats.documents, lambda text, _: list(map(ord, text)), seqlen=70, nsamples=9)
+    first = ord("<") + 1000
+    assert pool.windows == [[first, *window[1:]] for window in plain.windows]
+    assert tokenized > 5 * len(next(iter(chats.documents.texts)))
+
+
+def shortage_of(chats: Chats, seqlen: int, nsamples: int) -> InputError:
+    pool = chats.pool(seqlen, nsamples)
+    error = Part(chats.documents, pool, nsamples, seqlen, chats.encoder).shortage
+    assert error is not None
+    return error
+
+
+def test_the_refusal_counts_what_a_long_answer_loses(tmp_path: Path) -> None:
+    chats = Chats(tmp_path, [row(("user", "a"), ("assistant", "A" * 4990))])
+    error = shortage_of(chats, 128, 2)
+    gives = "gives 1 window of 128 tokens (128 tokens, 4,883 more are cut off), but 2 are needed"
+    assert str(error) == f"dataset `{chats.file}` {gives}"
+    assert (error.code, error.exit_code) == ("E_DATA_SHORT", 3)
+    more = "give more text (a long answer gives only its beginning)"
+    assert error.hint == f"{more}, or what fits: 1 window (--nsamples)"
+
+
+def test_the_hint_names_no_length_if_the_search_takes_long(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chats = Chats(tmp_path, [questions(20)])
+    assert "(--seqlen)" in (shortage_of(chats, 400, 15).hint or "")
+    monkeypatch.setattr("gptq_cli.calibration.windows.TRIED", 1000)
+    assert (shortage_of(chats, 400, 15).hint or "").endswith("windows (--nsamples)")

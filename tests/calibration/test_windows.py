@@ -179,7 +179,7 @@ def test_evaluation_refuses_less_than_one_window() -> None:
     with pytest.raises(InputError) as caught:
         evaluation_windows(numbered(4, "tiny"), WordEncoder(), seqlen=10)
     assert caught.value.code == "E_DATA_SHORT"
-    message = "dataset `tiny` gives 0 windows of 10 tokens (9 tokens), but 1 are needed"
+    message = "dataset `tiny` gives 0 windows of 10 tokens (9 tokens), but 1 is needed"
     assert str(caught.value) == message
 
 
