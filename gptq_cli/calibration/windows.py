@@ -260,7 +260,7 @@ def _later_ids(chat: ChatText, encode: Encode, whole: list[int]) -> Iterator[lis
     chat give the ids of the whole.
     """
     if isinstance(encode, Encoder):
-        pieces = _Pieces(encode)
+        pieces = _Pieces(encode, chat)
         if pieces(chat, False) == whole:
             encode = pieces
     for text in chat.later():
@@ -268,24 +268,27 @@ def _later_ids(chat: ChatText, encode: Encode, whole: list[int]) -> Iterator[lis
 
 
 class _Pieces:
-    """An encoder of texts that have pieces in common: each piece is tokenized once.
+    """An encoder of texts that have pieces in common with a chat, which are tokenized once.
 
     A piece begins with a special token, where a tokenizer splits a text before all else.
     """
 
-    def __init__(self, encoder: Encoder) -> None:
+    def __init__(self, encoder: Encoder, chat: str) -> None:
         self.encoder = encoder
-        self.known: dict[str, list[int]] = {}
+        self.known = {piece: encoder(piece, False) for piece in self._split(chat)}
 
     def __call__(self, text: str, add_special_tokens: bool) -> list[int]:
-        begins = [match.start() for match in self.encoder.marks.finditer(text)]
         ids: list[int] = []
-        for begin, end in pairwise([0, *begins, len(text)]):
-            piece = text[begin:end]
-            if piece not in self.known:
-                self.known[piece] = self.encoder(piece, add_special_tokens)
-            ids += self.known[piece]
+        for piece in self._split(text):
+            if piece in self.known:
+                ids += self.known[piece]
+            else:
+                ids += self.encoder(piece, add_special_tokens)
         return ids
+
+    def _split(self, text: str) -> list[str]:
+        begins = [match.start() for match in self.encoder.marks.finditer(text)]
+        return [text[begin:end] for begin, end in pairwise([0, *begins, len(text)])]
 
 
 def read_documents(
