@@ -193,8 +193,8 @@ def read_pool(
 def _pool_of_chats(chats: Iterable[str], encode: Encode, seqlen: int, most: int) -> Pool:
     """Return the first `most` windows [seqlen] of chats, or all if there are fewer.
 
-    After a window that cuts a chat, the chat goes on with its next turn, begun by the template as a
-    chat of its own; if there is none, the next chat follows.
+    After a window that cuts a chat, the chat continues with its next turn, rendered as a chat of
+    its own; if there is none, the next chat follows.
     """
     windows: list[list[int]] = []
     window: list[int] = []

@@ -9,7 +9,7 @@ from torch import Tensor
 class DeviceCopies:
     """Copies the bytes of tensors through pinned memory, on a stream of its own.
 
-    The device goes on with its other work meanwhile. One thread makes the tensors and calls
+    The device does its other work meanwhile. One thread makes the tensors and calls
     `finished`; another one calls `to_host`, for one tensor after the other.
     """
 
