@@ -13,7 +13,9 @@ exceed the whole energy of a quiet one. Diagonal damping, λ_j = ρ H_jj, shrink
 `cholesky_` computes the factor of a large matrix in its own memory, with most of the work in
 products. It takes a panel of columns at a time: first its diagonal block A_kk = L_kk L_kkᵀ, then
 the rows below it, L_ik = A_ik L_kk⁻ᵀ, then the lower half of the rest of the matrix,
-A_ij -= L_ik L_jkᵀ. On CUDA the last products run on tensor cores (see `numerics`).
+A_ij -= L_ik L_jkᵀ. On CUDA the last products run on tensor cores (see `numerics`), with rows and
+columns scaled by powers of two until no entry of L exceeds 1: a float16 number then has 11 bits of
+what matters of it, and two of them have 22.
 
 `follow_original` uses the same factors to correct weights for the error of earlier quantized
 layers. After them a layer sees inputs x instead of the inputs x₀ of the unquantized model, but its
@@ -48,8 +50,9 @@ from torch import Tensor
 
 from gptq_cli.config.layer import LayerConfig, Strength
 from gptq_cli.solver.numerics import (
-    Split,
+    above,
     add_product_,
+    exact_product,
     full_precision,
     multiply,
     multiply_split,
@@ -116,14 +119,14 @@ def _group_aware(diagonal: Tensor) -> Tensor:
 DAMPING_STEP = 4.0
 # Few tokens measure correlations badly: if there is one token per column, diagonal damping is 1/2.
 COLUMNS_PER_TOKEN = 0.5
-# Smaller matrices on CUDA are factorised as one panel, by its library and in full float32:
-BLOCKED_FROM = 16384
+# Smaller matrices on CUDA are factorised as one panel, by its library:
+BLOCKED_FROM = 8192
 # Share of the strength that two halves of the text support, for layers behind and for other text:
 USED_SHARE = 0.5
 # Share of the loudest channel's energy. Diagonal damping treats a quieter channel as this loud:
 QUIETEST = 1e-10
 
-PANEL = {"cpu": 512, "cuda": 4096}  # columns at a time of `cholesky_`
+PANEL = {"cpu": 512, "cuda": 2048}  # columns at a time of `cholesky_`
 # The same for several matrices on CUDA, whose library factorises small matrices at once. To be
 # measured on a GPU:
 PANEL_OF_SEVERAL = 256
@@ -338,6 +341,23 @@ def cholesky_(matrix: Tensor, panel: int | None = None) -> Tensor:
     """
     size = matrix.shape[-1]
     panel = panel or PANEL[matrix.device.type]
+    if panel < size and splits(matrix) and matrix.shape[:-2].numel() == 1:
+        return _scaled_cholesky_(matrix.view(size, size), panel).view(matrix.shape[:-2])
+    return _cholesky_(matrix, panel)
+
+
+def _scaled_cholesky_(matrix: Tensor, panel: int) -> Tensor:
+    """Do what `cholesky_` does to one matrix, with its diagonal scaled to numbers below 1."""
+    diagonal = matrix.diagonal()
+    units = above(diagonal.sqrt().where(diagonal > 0, 1))
+    matrix.div_(units[:, None]).div_(units)
+    failed_at = _cholesky_(matrix, panel)
+    matrix.mul_(units[:, None])
+    return failed_at
+
+
+def _cholesky_(matrix: Tensor, panel: int) -> Tensor:
+    size = matrix.shape[-1]
     failed_at = torch.zeros(matrix.shape[:-2], dtype=torch.int32, device=matrix.device)
     for start in range(0, size, panel):
         stop = min(start + panel, size)
@@ -371,24 +391,21 @@ def _subtract_square_(matrix: Tensor, factor: Tensor, panel: int) -> None:
     """Subtract factor factorᵀ from the matrix on and below the diagonal.
 
     Entries above the diagonal change too if they are in a diagonal block of `panel` columns. The
-    products of a single matrix on CUDA run on tensor cores.
+    products of a single matrix on CUDA run on tensor cores: no entry of its factor exceeds 1.
     """
-    several = factor.dim() > 2 and len(factor) > 1
-    if not several:
-        matrix, factor = matrix.view(matrix.shape[-2:]), factor.view(factor.shape[-2:])
-    parts: Split | None = None
-    if splits(factor) and not several:
-        parts = split(factor)
+    on_tensor_cores = splits(factor) and factor.dim() == 2
+    left = right = factor
+    if on_tensor_cores:
+        high, low = split(factor, torch.float16)
+        # One product of all parts, except that of the two low ones
+        left, right = torch.cat([high, high, low], 1), torch.cat([high, low, high], 1)
     for start in range(0, matrix.shape[-1], panel):
         stop = min(start + panel, matrix.shape[-1])
-        target = matrix[..., start:, start:stop]
-        if parts is None:
-            left, right = factor[..., start:, :], factor[..., start:stop, :].mT
-            add_product_(target, left, right, alpha=-1)
+        target, own = matrix[..., start:, start:stop], right[..., start:stop, :].mT
+        if on_tensor_cores:
+            target.sub_(exact_product(left[start:], own))
             continue
-        high, low = parts
-        own = (high[start:stop].T, low[start:stop].T)
-        target -= multiply_split((high[start:], low[start:]), own)
+        add_product_(target, left[..., start:, :], own, alpha=-1)
 
 
 @torch.no_grad()

@@ -60,6 +60,14 @@ def split(matrix: Tensor, dtype: torch.dtype = torch.bfloat16) -> Split:
     return high, (matrix - high).to(dtype)
 
 
+def above(numbers: Tensor) -> Tensor:
+    """Return for each positive float the least power of two above it, twice the float at most.
+
+    A product with such a power is exact.
+    """
+    return numbers / torch.frexp(numbers).mantissa
+
+
 def multiply_split(left: Split, right: Split) -> Tensor:
     """Return the float32 product of matrices [..., m, k] that `split` returned, on tensor cores.
 

@@ -8,6 +8,7 @@ import torch
 from gptq_cli.solver import factor as factor_module
 from gptq_cli.solver import numerics
 from gptq_cli.solver.factor import NotPositiveDefiniteError, cholesky_, prepare, reverse_
+from tests.simulated_gpu import simulated_gpu
 from tests.solver.samples import ORDERS, correlated_layer, layer_config
 
 
@@ -84,6 +85,30 @@ def test_factor_on_tensor_cores_multiplies_to_the_matrix() -> None:
     assert (found - matrix).norm() < 2e-5 * matrix.norm()
     matrix[700, 700] = -1.0
     assert cholesky_(matrix, 256) == 701
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="torch has a device of its own")
+def test_factor_on_tensor_cores_is_nearly_as_exact_as_that_of_lapack() -> None:
+    loudness = torch.logspace(-6, 6, 300, dtype=torch.float64)[torch.randperm(300)]
+    matrix = positive_definite(300) * loudness * loudness[:, None]
+    lengths = matrix.diagonal().sqrt()[:, None]  # of the rows of the factor
+    exact = torch.linalg.cholesky(matrix) / lengths
+    usual = torch.linalg.cholesky(matrix.float()) / lengths
+    with simulated_gpu():
+        on_device = matrix.float().to("cuda:0")
+        assert cholesky_(on_device, 64).item() == 0
+        found = on_device.cpu() / lengths
+    assert (found - exact).norm() < 3 * (usual - exact).norm()
+    assert (found - exact).norm() < 1e-5 * exact.norm()
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="torch has a device of its own")
+@pytest.mark.parametrize("at", [5, 47])
+def test_tensor_cores_find_the_first_non_positive_minor(at: int) -> None:
+    matrix = positive_definite(48).float()
+    matrix[at, at] = -1.0
+    with simulated_gpu():
+        assert cholesky_(matrix.to("cuda:0"), 16).item() == at + 1
 
 
 def test_matrices_factorised_together_equal_each_alone_by_panels() -> None:
