@@ -57,7 +57,7 @@ MOST: dict[tuple[str, str], dict[str, tuple[int, int]]] = {
         "hessian": (244, 0),
         "pack": (56, 0),
         "put back": (63, 0),
-        "refine": (432, 0),
+        "refine": (532, 0),
         "search": (156, 4),
     },
     ("tiny", "best"): {
@@ -70,7 +70,7 @@ MOST: dict[tuple[str, str], dict[str, tuple[int, int]]] = {
         "hessian": (260, 0),
         "pack": (56, 0),
         "put back": (77, 7),
-        "refine": (428, 0),
+        "refine": (528, 0),
         "search": (156, 4),
         "shift": (32, 0),
     },
@@ -83,7 +83,7 @@ MOST: dict[tuple[str, str], dict[str, tuple[int, int]]] = {
         "hessian": (1986, 0),
         "pack": (800, 0),
         "put back": (60, 0),
-        "refine": (348, 0),
+        "refine": (378, 0),
         "search": (156, 4),
     },
 }

@@ -27,13 +27,17 @@ import torch
 from torch import Tensor
 
 from gptq_cli.solver.factor import HessianFactor
+from gptq_cli.solver.float16 import LARGEST
 from gptq_cli.solver.grid import round_scales
 from gptq_cli.solver.numerics import (
+    above,
     add_product_,
     by_expert,
+    exact_product,
     feedback_precision,
     multiply_by_expert,
     permuted,
+    splits,
     uses_kernels,
 )
 from gptq_cli.solver.quantized_linear import QuantizedLinear
@@ -42,6 +46,49 @@ from gptq_cli.solver.triton_launch import MOST_COLUMNS, fit_codes, fit_scales
 COLUMN_BLOCK = 128
 INNER_BLOCK = 32
 PANEL = 512  # columns whose slopes are computed together, before kernels fit them
+# The largest numbers of float16 factors: errors may grow 1000 times before they reach the limit.
+LARGEST_ERROR, LARGEST_PRODUCT = 2.0**6, 2.0**14
+SMALLEST_SHARE = 2.0**-40  # of the energy that errors are taken to have at least
+
+
+@dataclass(frozen=True, slots=True)
+class _Halves:
+    """The factors of P = E H in float16, which has the 11 bits of TF32 at more than twice its rate.
+
+    Row i of E is multiplied and column i of H is divided by a power of two, `units` [I, 1]. It is
+    about √H_ii, so that both factors stay within a float16 number, however loud a channel is. P is
+    that of H times `scale`, by which H itself must be multiplied meanwhile.
+    """
+
+    hessian: Tensor  # float16 [I, I]
+    errors: Tensor  # float16 [I, O]
+    units: Tensor
+    scale: Tensor
+
+    @classmethod
+    def of(cls, hessian: Tensor, errors: Tensor) -> _Halves:
+        """Return the factors for H [I, I] and E [I, O], float32."""
+        loudness = hessian.diagonal().sqrt()
+        largest = torch.linalg.vector_norm(errors, torch.inf, dim=1).mul_(loudness).amax()
+        loudest = loudness.amax()
+        share = above(LARGEST_ERROR / 2 / largest.clamp(min=SMALLEST_SHARE * loudest))
+        units = above(loudness) / 2 * share
+        scale = above(LARGEST_PRODUCT / 2 * share / loudest)
+        factors = torch.empty_like(hessian, dtype=torch.float16)
+        torch.mul(hessian, scale / units, out=factors)
+        found = cls(factors, torch.empty_like(errors, dtype=torch.float16), units[:, None], scale)
+        found.take(errors, slice(None))
+        return found
+
+    def take(self, errors: Tensor, columns: slice) -> None:
+        """Take over the changed columns of E [I, O]."""
+        target = self.errors[columns]
+        torch.mul(errors[columns], self.units[columns], out=target)
+        target.clamp_(-LARGEST, LARGEST)
+
+    def slopes(self, columns: slice) -> Tensor:
+        """Return P of the columns, [n, O]."""
+        return exact_product(self.hessian[columns], self.errors)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +102,7 @@ class _State:
     zeros: Tensor  # [G, O]
     bits: int
     signed: bool
+    halves: _Halves | None = None  # for products on tensor cores
 
     @property
     def group_size(self) -> int:
@@ -92,10 +140,10 @@ def refine(
     sweep = _sweep
     if uses_kernels(state.errors):
         sweep = _sweep_with_kernels
-    with _damped(hessian, damping):
-        sweep(state, codes=False)
+    with _damped(hessian, damping), _halved(state) as ready:
+        sweep(ready, codes=False)
         for _ in range(sweeps):
-            sweep(state, codes=True)
+            sweep(ready, codes=True)
     codes = _by_group(state.levels, state.zeros).add_(state.zeros[:, None]).byte().flatten(0, 1)
     codes = codes[columns.argsort()].T.contiguous()
     return replace(quantized, codes=codes, scales=state.scales.T.contiguous().half())
@@ -111,6 +159,23 @@ def _damped(hessian: Tensor, damping: Tensor) -> Iterator[None]:
         yield
     finally:
         diagonal.copy_(undamped)
+
+
+@contextmanager
+def _halved(state: _State) -> Iterator[_State]:
+    """Yield the state with factors for tensor cores, if it has one Hessian and they multiply it.
+
+    The Hessian is scaled meanwhile, by a power of two, which changes no bit of its numbers.
+    """
+    if not (uses_kernels(state.errors) and splits(state.errors) and len(state.hessian) == 1):
+        yield state
+        return
+    halves = _Halves.of(state.hessian[0], state.errors)
+    state.hessian.mul_(halves.scale)
+    try:
+        yield replace(state, halves=halves)
+    finally:
+        state.hessian.div_(halves.scale)
 
 
 def _start(
@@ -140,6 +205,8 @@ def _by_group(matrix: Tensor, grids: Tensor) -> Tensor:
 
 def _slopes(state: _State, columns: slice) -> Tensor:
     """Return P = E H of the columns, [n, O]."""
+    if state.halves is not None:
+        return state.halves.slopes(columns)
     with feedback_precision(state.errors):
         return multiply_by_expert(state.hessian[:, columns], state.errors)
 
@@ -252,8 +319,10 @@ def _fit_panel(state: _State, panel: slice, width: int, *, scales: bool, codes: 
     The slopes of the whole panel are those at the start. Before columns are fitted, theirs are
     corrected by the changes of the errors [n, O] of the columns before them in the panel.
     """
-    slopes = _slopes(state, panel)
-    changes, n_experts = torch.zeros_like(slopes), len(state.hessian)
+    slopes, n_experts = _slopes(state, panel), len(state.hessian)
+    changes = torch.empty_like(slopes)  # which fitting a scale fills
+    if not scales:
+        changes.zero_()
     for columns in _cut(panel.start, panel.stop, width):
         before, group = slice(panel.start, columns.start), columns.start // state.group_size
         mine = slice(columns.start - panel.start, columns.stop - panel.start)
@@ -268,7 +337,9 @@ def _fit_panel(state: _State, panel: slice, width: int, *, scales: bool, codes: 
             fit_scales(*moving, own, scale, signed=state.signed)
         if codes:
             fit_codes(*moving, own, scale, state.zeros[group], state.bits)
-    state.errors[panel] += changes
+    state.errors[panel].add_(changes)
+    if state.halves is not None:
+        state.halves.take(state.errors, panel)
 
 
 def _fit_long_scale(state: _State, group: int, panels: list[slice]) -> None:
@@ -280,3 +351,5 @@ def _fit_long_scale(state: _State, group: int, panels: list[slice]) -> None:
         slope += (state.levels[panel] * _slopes(state, panel)).sum(0)
         curvature += (state.levels[panel] * bends).sum(0)
     _take_step(state, group, slope, curvature)
+    if state.halves is not None:
+        state.halves.take(state.errors, state.columns_of(group))

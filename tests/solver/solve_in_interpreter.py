@@ -9,9 +9,19 @@ import sys
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from gptq_cli.solver import numerics, refine, solve
 from tests.solver.kernel_cases import CASES, EXPERTS, MOST_COLUMNS, solved, solved_experts
+
+
+def every(tensor: Tensor) -> bool:
+    return len(tensor) > 0
+
+
+def multiply_halves(left: Tensor, right: Tensor) -> Tensor:
+    assert left.dtype == right.dtype == torch.float16
+    return left.float() @ right.float()
 
 
 def main(solutions_file: str) -> None:
@@ -32,6 +42,11 @@ def main(solutions_file: str) -> None:
                 solutions[f"{name}/{number}/{part}"] = values
             errors = (solution.relative_error, solution.rtn_relative_error)
             solutions[f"{name}/{number}/errors"] = np.array(errors)
+    # The factors of tensor cores, on this device
+    refine.splits, refine.exact_product = every, multiply_halves
+    for name, case in CASES.items():
+        if case.config.refine_sweeps:
+            solutions[f"{name}/halves"] = solved(case).dequantize().numpy()
     np.savez(solutions_file, **solutions)
 
 

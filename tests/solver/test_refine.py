@@ -12,9 +12,10 @@ from torch import Tensor
 from gptq_cli.config.layer import LayerConfig
 from gptq_cli.solver.factor import prepare
 from gptq_cli.solver.quantized_linear import QuantizedLinear, round_to_nearest
-from gptq_cli.solver.refine import refine
+from gptq_cli.solver.refine import _halved, _Halves, _start, refine
 from gptq_cli.solver.solve import solve
 from tests import reference
+from tests.simulated_gpu import simulated_gpu
 from tests.solver.samples import ORDERS, correlated_layer, layer_config
 from tests.solver.test_solve import assert_same, solved
 
@@ -152,3 +153,73 @@ def test_only_signed_scales_turn_negative() -> None:
         for found in (signed, unsigned, mirrored)
     ]
     assert losses == sorted(losses)
+
+
+simulated = pytest.mark.skipif(
+    torch.version.cuda is not None, reason="torch has a device of its own"
+)
+
+
+def loud_layer(loudness: float) -> tuple[Tensor, Tensor]:
+    """Errors [I, O] and a Hessian [I, I], with channels up to `loudness` times as loud."""
+    weight, hessian = correlated_layer(20, 96)
+    units = loudness ** torch.linspace(0, 1, 96, dtype=torch.float64)[torch.randperm(96)]
+    hessian = hessian * units * units[:, None] * loudness
+    return weight.T.contiguous().float() / 7, hessian.float()
+
+
+def slope_error(found: Tensor, errors: Tensor, hessian: Tensor) -> float:
+    """The largest error of slopes, in units of the channel and of the loudest error."""
+    loudness = hessian.double().diagonal().sqrt()[:, None]
+    exact = hessian.double() @ errors.double()
+    return ((found.double() - exact) / loudness).abs().max().item() / (
+        (errors.double() * loudness).abs().max().item()
+    )
+
+
+def tf32(matrix: Tensor) -> Tensor:
+    """The numbers with 11 significant bits, as tensor cores take them."""
+    return (matrix.view(torch.int32) & -8192).view(torch.float32)
+
+
+@simulated
+@pytest.mark.parametrize("loudness", [1e-4, 1.0, 1e4])
+def test_slopes_from_float16_factors_err_no_more_than_in_tf32(loudness: float) -> None:
+    errors, hessian = loud_layer(loudness)
+    usual = slope_error(tf32(hessian) @ tf32(errors), errors, hessian)
+    with simulated_gpu():
+        halves = _Halves.of(hessian.to("cuda:0"), errors.to("cuda:0"))
+        found = torch.cat([halves.slopes(slice(0, 40)), halves.slopes(slice(40, 96))])
+        found = found.cpu() / halves.scale.cpu()
+    assert slope_error(found, errors, hessian) < usual < 5e-3
+
+
+@simulated
+def test_float16_factors_follow_errors_that_grow() -> None:
+    errors, hessian = loud_layer(100.0)
+    with simulated_gpu():
+        halves = _Halves.of(hessian.to("cuda:0"), errors.to("cuda:0"))
+        errors[:50] *= 1000
+        halves.take(errors.to("cuda:0"), slice(0, 50))
+        found = halves.slopes(slice(None)).cpu() / halves.scale.cpu()
+        halves.take(errors.to("cuda:0") * 1e9, slice(0, 50))
+        assert halves.slopes(slice(None)).cpu().isfinite().all()
+    assert slope_error(found, errors, hessian) < 5e-3
+
+
+@simulated
+def test_scaled_hessian_is_restored_bit_by_bit() -> None:
+    weight, hessian = correlated_layer(10, 96)
+    config = LayerConfig(bits=3, group_size=32)
+    quantized = solve(weight, hessian, prepare(hessian, config), config).quantized
+    dead, columns = torch.zeros(1, 96, dtype=torch.bool), torch.arange(96)
+    state = _start(weight.float(), hessian.float()[None], dead, quantized, columns, True)
+    with simulated_gpu():
+        on_device = {}
+        for name in ("hessian", "errors", "levels", "scales", "zeros"):
+            on_device[name] = getattr(state, name).to("cuda:0")
+        with _halved(replace(state, **on_device)) as ready:
+            assert ready.halves is not None
+            ratio = (ready.hessian.cpu() / state.hessian).unique()
+            assert torch.equal(ratio, ready.halves.scale.cpu()[None])
+        assert torch.equal(ready.hessian.cpu(), state.hessian)

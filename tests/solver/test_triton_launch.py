@@ -14,13 +14,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from gptq_cli.solver import numerics
 from gptq_cli.solver import refine as refine_module
 from gptq_cli.solver import solve as solve_module
 from gptq_cli.solver.factor import prepare
 from gptq_cli.solver.solve import solve
-from tests.solver.kernel_cases import CASES, EXPERTS, solved, solved_experts
+from tests.solver.kernel_cases import CASES, EXPERTS, Case, solved, solved_experts
 from tests.solver.samples import correlated_layer, layer_config
 
 pytest.importorskip("triton")
@@ -49,6 +50,22 @@ def test_kernels_give_the_codes_and_grids_of_torch(
         np.testing.assert_array_equal(
             interpreted[f"{name}/{part}"], getattr(expected, part).numpy(), err_msg=part
         )
+
+
+def loss(case: Case, decoded: Tensor) -> float:
+    weight, hessian = case.layer()
+    error = decoded.double() - weight.double()
+    damped = hessian.double() + prepare(hessian, case.config).damping.double().diag()
+    return (error @ damped * error).sum().item()
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if name.startswith("refined")])
+def test_refinement_with_factors_of_16_bits_finds_as_low_a_loss(
+    name: str, interpreted: dict[str, np.ndarray]
+) -> None:
+    case = CASES[name]
+    found = loss(case, torch.from_numpy(interpreted[f"{name}/halves"]))
+    assert found < 1.002 * loss(case, solved(case).dequantize())
 
 
 @pytest.mark.parametrize("name", EXPERTS)
