@@ -2,12 +2,18 @@
 """Count the work of one block on a GPU, and estimate its time from public rates.
 
     .venv/bin/python scripts/count_gpu_work.py --shape llama-3-8b --preset balanced [--json]
+    .venv/bin/python scripts/count_gpu_work.py --shape llama-3-8b --whole-run
 
 Needs no GPU: the program itself runs on a simulated device (`tests/counting_gpu.py`) whose tensors
 have shapes but no numbers, so that a block of full size passes in seconds. Every operation, every
 launch of a kernel and every wait of the host is counted by the part of the work that asks for it.
 The time is that of a host that launches one operation after the other and a device that carries
 them out in order; a part gets the time by which its operations move the end of the device's work.
+
+The floor beside it is the least time of the work itself: of each part, products at their highest
+rate or bytes moved once, whichever takes longer. `work_floor.py` lists the rule of each part.
+
+`--whole-run` adds what is done before and after the blocks, as `whole_run.py` lists it.
 
 Nothing here is measured. `--rates` shows the rates and where they are from.
 """
@@ -19,9 +25,10 @@ import math
 import sys
 import tempfile
 from collections import Counter, defaultdict
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from functools import partial
+from itertools import product
 from pathlib import Path
 from threading import current_thread
 from typing import Any
@@ -30,12 +37,16 @@ from unittest.mock import patch
 import torch
 from common import argument_parser
 from shapes import SHAPES, Shape, write_sparse_model
+from whole_run import lines as lines_of_run
+from whole_run import whole_run
+from work_floor import Text, floor_of_block, floors
 
 from gptq_cli.checkpoint import writer as checkpoint_writer
 from gptq_cli.checkpoint.writer import CheckpointWriter
 from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.events import BlockFinished, BlockStarted, Event
 from gptq_cli.planning.checks import RunOptions, prepare_run
+from gptq_cli.planning.device_rates import H100, DeviceRates, described
 from gptq_cli.planning.plan import refine_plan
 from gptq_cli.quantization import run as quantize_run
 from gptq_cli.quantization.block_loop import quantize_all_blocks
@@ -58,51 +69,6 @@ BLOCKS = 2  # the first one runs once more, to show its stages; the last one is 
 MEMORY = 80 * 10**9
 
 
-@dataclass(frozen=True, slots=True)
-class Rates:
-    """Rates that one H100 and its host usually reach; see SOURCES.
-
-    Products are operations (two for a multiplication with an addition) in a second.
-    """
-
-    bfloat16: float = 600e12
-    tf32: float = 250e12
-    float32: float = 45e12
-    cholesky: float = 15e12
-    memory: float = 3.0e12
-    pinned_copy: float = 50e9
-    other_copy: float = 6e9
-    torch_launch: float = 6e-6
-    triton_launch: float = 15e-6
-    least_kernel: float = 2e-6
-    multiprocessors: int = 132
-    small_tiles: float = 0.6
-    column: float = 0.3e-6
-    column_rows: float = 117e9
-    candidates: float = 7.3e11
-
-
-SOURCES = {
-    "bfloat16": "products of bfloat16, sums in float32: 989e12 by the data sheet, 60 % reached",
-    "tf32": "products in TF32: 495e12 by the data sheet, about half reached",
-    "float32": "products in float32, no tensor cores: 67e12 by the data sheet, 2/3 reached",
-    "cholesky": "Cholesky factors in float32 by cuSOLVER",
-    "memory": "bytes read and written: 3.35e12 by the data sheet, nine tenths reached",
-    "pinned_copy": "bytes to and from pinned memory of the host: PCIe 5",
-    "other_copy": "bytes to and from other memory of the host",
-    "torch_launch": "seconds of the host for an operation of torch",
-    "triton_launch": "seconds of the host for a kernel of Triton",
-    "least_kernel": "seconds that the shortest kernel takes on the device",
-    "multiprocessors": "tiles of a product, 128 x 128, that are computed at once; no sum is split",
-    "small_tiles": "share of the rate that products in tiles 64 x 64 reach; the faster counts",
-    "column": "seconds of a column in kernels that take columns in turn, if they have few rows: "
-    "the 247 instructions of one warp, one in two cycles",
-    "column_rows": "weights that these kernels round in a second, if they have many rows: 247 "
-    "instructions of a warp for 32 weights, of which a device issues 132 x 4 in a cycle of 1.7 GHz",
-    "candidates": "candidates for the scale that are tried on a weight in a second",
-}
-
-
 # Kernels that take columns in turn, and an argument with as many numbers as they round
 IN_TURN = {"round_columns_kernel": "values", "fit_codes_kernel": "levels"}
 
@@ -110,7 +76,7 @@ IN_TURN = {"round_columns_kernel": "values", "fit_codes_kernel": "levels"}
 class Clock:
     """The time of a host that launches, and of a device that follows; all by part."""
 
-    def __init__(self, rates: Rates) -> None:
+    def __init__(self, rates: DeviceRates) -> None:
         self.rates = rates
         self.started = False
         self.host = self.device = self.begin = 0.0
@@ -169,7 +135,7 @@ def _is_behind() -> bool:
     return current_thread().name.startswith(("writer", "reader"))
 
 
-def seconds_of(operation: Operation, rates: Rates) -> float:
+def seconds_of(operation: Operation, rates: DeviceRates) -> float:
     """Estimate how long the device takes for an operation."""
     copying = rates.other_copy
     if operation.pinned:
@@ -204,7 +170,7 @@ def _busy(result: tuple[int, int, int], side: int, at_once: int) -> float:
     return matrices * rows * columns / (waves * at_once * side**2)
 
 
-def _kernel_seconds(operation: Operation, rates: Rates) -> float:
+def _kernel_seconds(operation: Operation, rates: DeviceRates) -> float:
     """Estimate the arithmetic of a kernel, which is not bound by memory."""
     sizes = operation.sizes or {}
     if operation.name in IN_TURN:
@@ -259,7 +225,7 @@ class NoStore:
         del block, batches
 
 
-def count(shape: Shape, rates: Rates, **settings: Any) -> dict[str, Any]:
+def count(shape: Shape, rates: DeviceRates, **settings: Any) -> dict[str, Any]:
     """Return the counts and the estimate of one block of `shape`, quantized with `settings`."""
     usual = {"bits": 4, "device": "cuda", "dataset": text_file(), "moe_uncovered": "rtn"}
     config = QuantizeConfig(**(usual | settings))
@@ -269,7 +235,8 @@ def count(shape: Shape, rates: Rates, **settings: Any) -> dict[str, Any]:
         model = Path(folder) / "model"
         write_sparse_model(model, shape, BLOCKS)
         peak = quantize_counted(model, Path(folder) / "out", config, clock, gpu)
-    return figures(clock, peak)
+    text = Text(config.nsamples * config.seqlen, config.seqlen)
+    return figures(clock, peak, floors(shape, config.base, text, rates))
 
 
 def quantize_counted(
@@ -314,12 +281,13 @@ def quantize_counted(
     return started_at[0]
 
 
-def figures(clock: Clock, peak: int) -> dict[str, Any]:
-    """Return what was counted, largest part first."""
+def figures(clock: Clock, peak: int, least: dict[str, float]) -> dict[str, Any]:
+    """Return what was counted beside the floor of each part in `least`, largest part first."""
     parts: dict[str, dict[str, float]] = {}
     for name, part in sorted(clock.parts.items(), key=lambda item: -item[1]["seconds"]):
         parts[name] = {
             "seconds": part["seconds"],
+            "floor_seconds": least.get(name, 0.0),
             "device_seconds": part["device_seconds"],
             "host_seconds": part["host_seconds"],
             "launches": part["launches"],
@@ -329,7 +297,10 @@ def figures(clock: Clock, peak: int) -> dict[str, Any]:
             "bytes": part["bytes"],
             "products": part["products"],
         }
-    found: dict[str, Any] = {"block_seconds": clock.seconds}
+    found: dict[str, Any] = {
+        "block_seconds": clock.seconds,
+        "floor_seconds": floor_of_block(least),
+    }
     for figure in ("launches", "kernels", "waits", "waits_behind", "bytes", "products"):
         found[figure] = sum(part[figure] for part in parts.values())
     return found | {"peak_device_bytes": peak, "parts": parts}
@@ -337,10 +308,10 @@ def figures(clock: Clock, peak: int) -> dict[str, Any]:
 
 def table(found: dict[str, Any]) -> Iterator[str]:
     """Yield the lines of a table of what was counted."""
-    yield "part             ms   device     host  launches  Triton  waits"
+    yield "part             ms    floor   device     host  launches  Triton  waits"
+    keys = ("seconds", "floor_seconds", "device_seconds", "host_seconds")
     for name, part in found["parts"].items():
-        times = [part[key] * 1e3 for key in ("seconds", "device_seconds", "host_seconds")]
-        in_ms = " ".join(f"{time:8.1f}" for time in times)
+        in_ms = " ".join(f"{part[key] * 1e3:8.1f}" for key in keys)
         counts = f"{part['launches']:9} {part['kernels']:7} {part['waits']:6}"
         work = f"{part['products'] / 1e12:8.2f} TFLOP {part['bytes'] / 1e9:7.1f} GB"
         yield f"{name:10} {in_ms} {counts} {work}"
@@ -348,30 +319,106 @@ def table(found: dict[str, Any]) -> Iterator[str]:
     launches = f"{found['launches']} launches, {found['kernels']} of them of Triton"
     peak = f"peak {found['peak_device_bytes'] / 1e9:.1f} GB"
     time = f"{found['block_seconds']:.2f} s (estimated from public rates of an H100, not measured)"
-    yield f"a block takes {time}: {launches}; {waits}; {peak}"
+    floor = f"its floor is {found['floor_seconds']:.2f} s"
+    yield f"a block takes {time}; {floor}: {launches}; {waits}; {peak}"
+
+
+def case_of(shape: str, preset: str, group_size: int) -> dict[str, Any]:
+    """Return what is counted of one block, and the estimate of a whole run."""
+    settings: dict[str, Any] = {"preset": preset, "group_size": group_size}
+    found = count(SHAPES[shape], H100, **settings)
+    config = QuantizeConfig(bits=4, **settings)
+    run = whole_run(SHAPES[shape], config, H100, found["block_seconds"])
+    return {"shape": shape, "preset": preset, **found, "run": run}
+
+
+def all_tables(cases: Sequence[dict[str, Any]], *, whole_runs: bool) -> Iterator[str]:
+    """Yield the lines of the tables of all cases, with the parts of whole runs if asked for."""
+    for case in cases:
+        yield f"{case['shape']}, {case['preset']}"
+        yield from table(case)
+        if whole_runs:
+            yield from lines_of_run(case["run"], SHAPES[case["shape"]].blocks)
+
+
+def all_markdown(cases: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """Yield the table of all cases, and one of the parts of each shape."""
+    yield from markdown(cases)
+    for shape in dict.fromkeys(case["shape"] for case in cases):
+        yield ""
+        yield from markdown_of_parts(cases, shape)
+
+
+def table_of_rates(rates: DeviceRates) -> Iterator[str]:
+    """Yield a line for each rate: its value, its source, and what is to be confirmed."""
+    for rate in described(rates):
+        confirm = "; to be confirmed on a GPU"
+        if rate.known:
+            confirm = ""
+        yield f"{rate.name:20} {rate.value:9.3g}  {rate.source}{confirm}"
+
+
+def markdown(cases: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """Yield a table with a row for each counted block, as the documents have it."""
+    yield "| shape | preset | block, s | floor, s | launches | waits | peak memory, GB | run, s |"
+    yield "|---|---|---|---|---|---|---|---|"
+    for case in cases:
+        times = f"{case['block_seconds']:.2f} | {case['floor_seconds']:.2f}"
+        counts = f"{case['launches']:,} | {case['waits']}"
+        peak, run = case["peak_device_bytes"] / 1e9, case["run"]["run_seconds"]
+        name = f"{case['shape']} | {case['preset']}"
+        yield f"| {name} | {times} | {counts} | {peak:.1f} | {run:.0f} |"
+
+
+def markdown_of_parts(cases: Sequence[dict[str, Any]], shape: str) -> Iterator[str]:
+    """Yield a table with a row for each part of the blocks of `shape`, a column for each preset."""
+    found = {case["preset"]: case for case in cases if case["shape"] == shape}
+    header = "".join(f" {preset}, ms | floor | launches | waits |" for preset in found)
+    yield f"| part |{header}"
+    yield "|---" * (1 + 4 * len(found)) + "|"
+    names: dict[str, None] = {}
+    for case in reversed(found.values()):  # the last preset has all parts
+        names |= dict.fromkeys(case["parts"])
+    for name in names:
+        cells = "".join(_cells(case["parts"].get(name)) for case in found.values())
+        yield f"| {name} |{cells}"
+    blocks = "".join(_cells({**case, "seconds": case["block_seconds"]}) for case in found.values())
+    yield f"| block |{blocks}"
+
+
+def _cells(part: Mapping[str, Any] | None) -> str:
+    """Return the cells of a part: milliseconds, floor, launches and waits."""
+    if part is None:
+        return "  |  |  |  |"
+    times = f" {part['seconds'] * 1e3:,.0f} | {part['floor_seconds'] * 1e3:,.0f} |"
+    return f"{times} {part['launches']:,} | {part['waits']} |"
 
 
 def main() -> int:
     parser = argument_parser(__doc__)
-    parser.add_argument("--shape", choices=sorted(SHAPES), default="llama-3-8b")
-    parser.add_argument("--preset", choices=PRESETS, default="balanced")
+    parser.add_argument("--shape", nargs="+", choices=sorted(SHAPES), default=["llama-3-8b"])
+    parser.add_argument("--preset", nargs="+", choices=PRESETS, default=["balanced"])
     parser.add_argument("--group-size", type=int, default=128)
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
+    parser.add_argument("--markdown", action="store_true", help="print tables for the documents")
+    parser.add_argument("--whole-run", action="store_true", help="show the parts of a whole run")
     parser.add_argument("--rates", action="store_true", help="print the rates and their sources")
     arguments = parser.parse_args()
-    rates = Rates()
     if arguments.rates:
-        for name, value in asdict(rates).items():
-            print(f"{name:16} {value:9.3g}  {SOURCES[name]}")
+        print("\n".join(table_of_rates(H100)))
         return 0
-    shape = SHAPES[arguments.shape]
-    found = count(shape, rates, preset=arguments.preset, group_size=arguments.group_size)
+    cases = []
+    for shape, preset in product(arguments.shape, arguments.preset):
+        cases.append(case_of(shape, preset, arguments.group_size))
     if arguments.json:
-        asked = {"shape": arguments.shape, "preset": arguments.preset}
-        print(json.dumps({**asked, **found, "rates": asdict(rates)}, indent=2))
-        return 0
-    for line in table(found):
-        print(line)
+        content = {"cases": cases}
+        if len(cases) == 1:
+            content = cases[0]
+        print(json.dumps({**content, "rates": asdict(H100)}, indent=2))
+    elif arguments.markdown:
+        print("\n".join(all_markdown(cases)))
+    else:
+        print("\n".join(all_tables(cases, whole_runs=arguments.whole_run)))
     return 0
 
 

@@ -3,8 +3,9 @@
 
     python scripts/scale_out.py [--preset balanced] [--json FILE]
 
-Uses the cost model of `gptq plan --time` at assumed rates. Prints a row of Markdown for each model
-and number of devices: total, forward, Hessian, factor, solve, network, reading, start.
+Uses the cost model of `gptq plan --time` at the rates that `count_gpu_work.py --rates` shows.
+Prints a row of Markdown for each model and number of devices: total, forward, Hessian, factor,
+solve, network, reading, start.
 """
 
 from __future__ import annotations
@@ -19,27 +20,14 @@ from shapes import SHAPES, Shape
 
 from gptq_cli.checkpoint.headers import TensorInfo
 from gptq_cli.config.schema import QuantizeConfig
-from gptq_cli.planning.estimate import Calibration, Rates, Seconds, estimate_seconds
+from gptq_cli.planning.device_rates import H100, cost_model
+from gptq_cli.planning.estimate import Calibration, Seconds, estimate_seconds
 from gptq_cli.planning.run_plan import LayerPlan
 
 DEVICES = (1, 2, 4, 8, 16, 64)
 DEVICES_OF_A_NODE = 8
-# Rates of an H100 with NVLink as `count_gpu_work.py --rates` lists them, in multiplications with an
-# addition; all are to be measured on a GPU. Forwards take 1.33 times their products with weights,
-# sums of shifts one 16-bit product, and the start 10 s.
-WITHIN_A_NODE = Rates(
-    forward=3e14 / 1.33,
-    hessian=3e14,
-    shift=3e14,
-    factor=7.5e12,
-    solve=1e14,
-    columns=1.43e10,
-    network=2e11,
-    disk=6e9,
-    layer=3e-4,
-)
-START_SECONDS = 10.0
-BETWEEN_NODES = replace(WITHIN_A_NODE, network=4e10)  # 400 Gb/s each
+WITHIN_A_NODE = cost_model(H100)
+BETWEEN_NODES = replace(WITHIN_A_NODE, network=H100.between_machines)
 MODELS = {
     "8B": "llama-3-8b",
     "70B": "llama-3-70b",
@@ -75,7 +63,7 @@ def estimate(shape: Shape, devices: int, preset: str) -> dict[str, float]:
     n_bytes = sum(2 * layer.out_features * layer.in_features for layer in layers)
     rates = WITHIN_A_NODE if devices <= DEVICES_OF_A_NODE else BETWEEN_NODES
     seconds = estimate_seconds(layers, text, devices, n_bytes, rates)
-    seconds = seconds.plus(Seconds(fixed=START_SECONDS))
+    seconds = seconds.plus(Seconds(fixed=rates.start + rates.kernels))
     return {"total": seconds.total, **asdict(seconds)}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from tests.families import save_tokenizer
 
 BLOCKS_PER_SHARD = 2
+MOST_SPARSE_BYTES = 5 * 10**9
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,11 @@ class Shape:
             (self.hidden, [self.intermediate] * 2, copies),
             (self.intermediate, [self.hidden], copies),
         ]
+
+    @property
+    def attended(self) -> int:
+        """Multiplications with an addition of a token and one that it attends to."""
+        return 2 * self.heads * self.head_dim
 
     def config(self, blocks: int) -> dict[str, object]:
         """Return the content of config.json for a model of so many blocks."""
@@ -131,6 +137,10 @@ class LatentShape(Shape):
             (self.hidden, [self.intermediate] * 2, 1),
             (self.intermediate, [self.hidden], 1),
         ]
+
+    @property
+    def attended(self) -> int:
+        return self.heads * (2 * self.head_dim + self.rotary)
 
     def config(self, blocks: int) -> dict[str, object]:
         return super().config(blocks) | {
@@ -238,24 +248,51 @@ def write_random_model(directory: Path, shape: Shape, blocks: int, device: str) 
 
 
 def write_sparse_model(directory: Path, shape: Shape, blocks: int) -> None:
-    """Write a bfloat16 checkpoint of zeros that take no room on the disk."""
+    """Write a bfloat16 checkpoint of zeros that take no room on the disk.
+
+    Its files are no larger than those of published models, as a larger one may not be mapped.
+    """
     directory.mkdir(parents=True)
-    sizes = dict(shape.outer_tensors())
+    tensors = list(shape.outer_tensors())
     for block in range(blocks):
-        sizes |= dict(shape.block_tensors(block))
+        tensors += shape.block_tensors(block)
+    weight_map: dict[str, str] = {}
+    for number, shard in enumerate(_shards(tensors), 1):
+        file = f"model-{number:05}.safetensors"
+        _write_sparse_file(directory / file, shard)
+        weight_map |= dict.fromkeys(shard, file)
+    index = {"metadata": {}, "weight_map": weight_map}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    (directory / "config.json").write_text(json.dumps(shape.config(blocks)))
+    save_tokenizer(directory)
+
+
+def _shards(tensors: Iterable[tuple[str, tuple[int, ...]]]) -> Iterator[dict[str, tuple[int, ...]]]:
+    """Yield the shapes of the tensors of each file."""
+    shard: dict[str, tuple[int, ...]] = {}
+    filled = 0
+    for name, size in tensors:
+        nbytes = 2 * math.prod(size)
+        if shard and filled + nbytes > MOST_SPARSE_BYTES:
+            yield shard
+            shard, filled = {}, 0
+        shard[name] = size
+        filled += nbytes
+    yield shard
+
+
+def _write_sparse_file(file: Path, shapes: Mapping[str, tuple[int, ...]]) -> None:
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     position = 0
-    for name, size in sizes.items():
+    for name, size in shapes.items():
         end = position + 2 * math.prod(size)
         header[name] = {"dtype": "BF16", "shape": list(size), "data_offsets": [position, end]}
         position = end
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    with (directory / "model.safetensors").open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        file.truncate(8 + len(text) + position)
-    (directory / "config.json").write_text(json.dumps(shape.config(blocks)))
-    save_tokenizer(directory)
+    with file.open("wb") as stream:
+        stream.write(len(text).to_bytes(8, "little") + text)
+        stream.truncate(8 + len(text) + position)
 
 
 def bytes_of(tensors: Mapping[str, torch.Tensor]) -> int:

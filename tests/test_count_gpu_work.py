@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import sys
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -11,6 +13,8 @@ from typing import Any
 import pytest
 import torch
 
+from gptq_cli.config.schema import QuantizeConfig
+
 SCRIPTS = Path(__file__).resolve().parents[1] / "scripts"
 pytestmark = pytest.mark.skipif(
     torch.version.cuda is not None, reason="torch has a device of its own"
@@ -18,6 +22,8 @@ pytestmark = pytest.mark.skipif(
 pytest.importorskip("triton")
 TEXT = {"nsamples": 4, "seqlen": 64, "batch_size": 2, "group_size": 32}
 TOKENS = 4 * 64
+# Linears whose input is that of one before them
+SHARE_AN_INPUT = ("k_proj.weight", "v_proj.weight", "up_proj.weight", "kv_a_proj_with_mqa.weight")
 # Another thread has these parts. It may work on what the block before has left, or not come so far.
 LATE = {"copy", "pack"}
 
@@ -32,7 +38,7 @@ def script() -> ModuleType:
 
 
 def counted(script: ModuleType, shape: str = "tiny", **settings: Any) -> dict[str, Any]:
-    found: dict[str, Any] = script.count(script.SHAPES[shape], script.Rates(), **(TEXT | settings))
+    found: dict[str, Any] = script.count(script.SHAPES[shape], script.H100, **(TEXT | settings))
     return found
 
 
@@ -136,8 +142,91 @@ def test_products_are_those_of_each_token_with_each_weight(
     assert 2 * TOKENS * squares / 2 < hessian <= 2 * TOKENS * squares
 
 
+def test_no_part_takes_less_than_its_floor(script: ModuleType, balanced: dict[str, Any]) -> None:
+    best = counted(script, preset="best")
+    for found in (balanced, best):
+        parts = found["parts"]
+        assert all(part["seconds"] >= part["floor_seconds"] for part in parts.values())
+        assert all(part["floor_seconds"] > 0 for part in parts.values())
+        assert found["block_seconds"] > found["floor_seconds"]
+    assert {"shift", "follow"} == best["parts"].keys() - balanced["parts"].keys()
+
+
+def one_rate(script: ModuleType, name: str) -> Any:
+    """Return rates at which only one kind of work takes time: a second for each unit."""
+    kinds = ("bfloat16", "tf32", "memory", "column_rows", "candidates", "pinned_copy")
+    return replace(script.H100, **(dict.fromkeys(kinds, math.inf) | {name: 1.0, "float32": 0.0}))
+
+
+def floors_of(script: ModuleType, shape: str, preset: str, rate: str) -> dict[str, float]:
+    """Return the floors of a block of 256 tokens if only one kind of work takes time."""
+    config = QuantizeConfig(bits=4, preset=preset, group_size=32).base
+    text = script.Text(TOKENS, 64)
+    found: dict[str, float] = script.floors(
+        script.SHAPES[shape], config, text, one_rate(script, rate)
+    )
+    return found
+
+
+def linears(script: ModuleType, shape: str) -> dict[str, tuple[int, int]]:
+    """Return [O, I] of each linear of a block, without routers."""
+    found = {}
+    for name, size in script.SHAPES[shape].block_tensors(0):
+        if len(size) == 2 and not name.endswith("mlp.gate.weight"):
+            found[name] = size
+    return found
+
+
+@pytest.mark.parametrize("shape", ["tiny", "tiny-moe", "tiny-latent"])
+def test_the_floor_of_products_is_that_of_each_linear(shape: str, script: ModuleType) -> None:
+    sizes = linears(script, shape)
+    pairs = sum(position + 1 for position in range(64)) * (TOKENS // 64)
+    widths = {"tiny": 4 * 64, "tiny-moe": 4 * 64, "tiny-latent": 4 * (32 + 32 + 32)}
+    forward, hessian = 2.0 * pairs * widths[shape], 0.0
+    tf32, weights = 0.0, 0
+    for name, (rows, columns) in sizes.items():
+        tokens = TOKENS
+        if ".experts." in name:
+            tokens = TOKENS * 4 // script.SHAPES[shape].experts
+        forward += 2 * tokens * rows * columns
+        if not name.endswith(SHARE_AN_INPUT):
+            hessian += tokens * columns * (columns + 1)
+        tf32 += rows * columns**2
+        weights += rows * columns
+    products = floors_of(script, shape, "balanced", "bfloat16")
+    assert products["forward"] == pytest.approx(forward)
+    assert products["hessian"] == pytest.approx(hessian)
+    feedback = floors_of(script, shape, "balanced", "tf32")
+    assert feedback["columns"] == tf32
+    assert feedback["refine"] == 5 * 2 * tf32
+    assert floors_of(script, shape, "balanced", "candidates")["search"] == 50 * weights
+    assert floors_of(script, shape, "balanced", "column_rows")["refine"] == 4 * weights
+
+
+def test_following_the_original_doubles_forwards_and_adds_a_shift(script: ModuleType) -> None:
+    once, twice = (floors_of(script, "tiny", name, "bfloat16") for name in ("balanced", "best"))
+    assert twice["forward"] == 2 * once["forward"]
+    squares = sum(columns**2 for columns, _, _ in script.SHAPES["tiny"].inputs)
+    assert twice["shift"] == 2 * TOKENS * squares
+    # two products, and three solutions with a triangle; each product is three of bfloat16
+    weights = sum(rows * columns**2 for rows, columns in linears(script, "tiny").values())
+    assert twice["follow"] == 3 * 3.5 * 2 * weights
+
+
+def test_each_weight_is_moved_once_at_least(script: ModuleType) -> None:
+    weights = sum(rows * columns for rows, columns in linears(script, "tiny").values())
+    moved = floors_of(script, "tiny", "gptq", "memory")
+    assert moved["put back"] == 3 * weights
+    assert moved["pack"] == 1.5 * weights
+    assert moved["forward"] == 2 * weights + 2 * 2 * TOKENS * 128
+    assert floors_of(script, "tiny", "gptq", "pinned_copy")["copy"] == 2 * weights
+    assert "search" not in moved
+    assert script.floor_of_block({"forward": 3.0, "columns": 2.0, "copy": 4.0}) == 5
+    assert script.floor_of_block({"forward": 3.0, "columns": 2.0, "copy": 6.0}) == 6
+
+
 def test_the_table_says_that_its_time_is_estimated(
     script: ModuleType, balanced: dict[str, Any]
 ) -> None:
     *_, last = script.table(balanced)
-    assert "s (estimated from public rates of an H100, not measured): " in last
+    assert "s (estimated from public rates of an H100, not measured); its floor is " in last

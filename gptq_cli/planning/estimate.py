@@ -505,9 +505,11 @@ class Rates:
     """The work that one device does in a second.
 
     `forward`, `hessian`, `shift`, `factor` and `solve` count multiplications with an addition,
-    `columns` weights that are rounded once, `disk` bytes read, `hashes` bytes hashed, `network`
-    bytes sent to other devices. `layer` are seconds of the host for each layer, and `start` those
-    before the first one, whatever the sizes.
+    `columns` weights that are rounded once, `disk` bytes read, `writes` bytes written and made
+    durable, `network` bytes sent to other devices. `hashes` are bytes that `hash_threads` threads
+    hash together, one file each. `layer` are seconds of the host for each layer, `start` those
+    before the model is opened, and `kernels` those to compile kernels meanwhile, whatever the
+    sizes.
     """
 
     forward: float
@@ -518,9 +520,12 @@ class Rates:
     disk: float
     network: float = math.inf
     shift: float = math.inf
+    writes: float = math.inf
     hashes: float = math.inf
+    hash_threads: int = 1
     layer: float = 0.0
     start: float = 0.0
+    kernels: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -583,9 +588,39 @@ def estimate_time(plan: RunPlan, config: QuantizeConfig, rates: Rates) -> Second
         state_bytes=hidden * _forward_bits(plan, config) // 8,
     )
     seconds = estimate_seconds(plan.layers, text, 1, plan.source.nbytes, rates)
-    # The model is hashed before the first block, the output when it is read back.
-    hashed = plan.source.nbytes + plan.layout.nbytes
-    return seconds.plus(Seconds(fixed=rates.start + hashed / rates.hashes))
+    return seconds.plus(Seconds(fixed=sum(fixed_seconds(plan, rates).values())))
+
+
+def fixed_seconds(plan: RunPlan, rates: Rates) -> dict[str, float]:
+    """Return the seconds before the first block and after the last one, by what takes them.
+
+    Kernels are compiled while the model is read and hashed. After the blocks one thread copies and
+    hashes the other tensors, the output is read back tensor by tensor, and its files are hashed
+    for the manifest.
+    """
+    copied = sum(tensor.nbytes for tensor in plan.copied)
+    files = Counter[Path]()
+    for tensor in plan.source.tensors.values():
+        files[tensor.file] += tensor.nbytes
+    written = [shard.size for shard in plan.layout.shards]
+    return {
+        "start": rates.start,
+        "source": max(
+            rates.kernels,
+            plan.source.nbytes / rates.disk,
+            _hashing_seconds(files.values(), rates),
+        ),
+        "copy": copied * rates.hash_threads / rates.hashes + copied / rates.writes,
+        "verify": plan.layout.nbytes / rates.hashes,
+        "manifest": _hashing_seconds(written, rates),
+    }
+
+
+def _hashing_seconds(files: Iterable[int], rates: Rates) -> float:
+    """Return the seconds to hash files of these sizes, each of them in one thread."""
+    sizes = list(files)
+    in_one_thread = max(sizes, default=0) * rates.hash_threads
+    return max(sum(sizes), in_one_thread) / rates.hashes
 
 
 def estimate_seconds(

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from gptq_cli.config.layer import LayerConfig
+from gptq_cli.planning.device_rates import CPU_START_SECONDS, H100
 from gptq_cli.planning.estimate import (
     Rates,
     factor_cost,
@@ -31,13 +32,11 @@ MOST_COLUMNS = 4096  # of the layer that stands for the model's: a larger one on
 TOKENS = 2048
 READ_BYTES = 128 * 2**20
 HASHED_BYTES = 32 * 2**20
-# How often a forward takes the time of its products with weights: attention, norms and activations
-# are in it. The figure for CUDA was counted (docs/benchmarks), and is to be measured on a GPU.
-FORWARDS_PER_PRODUCT = {"cpu": 1.0, "cuda": 1.33}
-# Seconds of the host for the launches of one layer, if it is small, and seconds before the first
-# layer: libraries, and kernels that are compiled. Those of CUDA are to be measured on a GPU.
-SECONDS_OF_A_LAYER = {"cpu": 0.0, "cuda": 3e-4}
-SECONDS_TO_START = {"cpu": 4.0, "cuda": 10.0}
+# Times that a forward takes as long as its products with weights: attention, norms and activations
+# are in it
+FORWARDS_PER_PRODUCT = {"cpu": 1.0, "cuda": H100.forwards_per_product}
+SECONDS_OF_A_LAYER = {"cpu": 0.0, "cuda": H100.layer_seconds}
+SECONDS_OF_KERNELS = {"cpu": 0.0, "cuda": H100.kernel_seconds}
 
 
 def measure_rates(
@@ -83,8 +82,10 @@ def measure_rates(
         disk=_reading_rate(file),
         shift=shifting,
         hashes=_hashing_rate(),
+        hash_threads=n_threads(),
         layer=SECONDS_OF_A_LAYER[device.type],
-        start=SECONDS_TO_START[device.type],
+        start=CPU_START_SECONDS,
+        kernels=SECONDS_OF_KERNELS[device.type],
     )
 
 

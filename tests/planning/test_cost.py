@@ -13,6 +13,7 @@ import torch
 from gptq_cli.checkpoint.headers import TensorInfo
 from gptq_cli.config.layer import LayerConfig
 from gptq_cli.config.schema import QuantizeConfig
+from gptq_cli.planning.device_rates import H100, cost_model, described
 from gptq_cli.planning.estimate import (
     Calibration,
     Rates,
@@ -22,6 +23,7 @@ from gptq_cli.planning.estimate import (
     estimate_time,
     expert_cost,
     experts_at_once,
+    fixed_seconds,
     solve_cost,
     total,
 )
@@ -123,10 +125,52 @@ def test_each_layer_costs_launches_and_each_run_a_start(tmp_path: Path) -> None:
     assert estimate_seconds(layers, TEXT, 1, 0, replace(ONE, layer=3.0)).solve == quick + 6
     settings = config(nsamples=2, batch_size=2)
     plan = plan_run(save_model(tmp_path / "model"), settings)
-    plain = estimate_time(plan, settings, ONE)
-    fixed = estimate_time(plan, settings, replace(ONE, start=5.0, hashes=10.0))
-    assert fixed.fixed == 5 + (plan.source.nbytes + plan.layout.nbytes) / 10
+    quick = replace(ONE, disk=math.inf)
+    plain = estimate_time(plan, settings, quick)
+    fixed = estimate_time(plan, settings, replace(quick, start=5.0, hashes=10.0))
+    copied = sum(tensor.nbytes for tensor in plan.copied)
+    # The model is hashed, the other tensors, and the output twice: read back and for the manifest.
+    hashed = plan.source.nbytes + copied + plan.layout.nbytes
+    written = sum(shard.size for shard in plan.layout.shards)
+    assert fixed.fixed == pytest.approx(5 + (hashed + written) / 10)
     assert fixed.total == plain.total + fixed.fixed
+
+
+def test_a_file_is_hashed_by_one_thread_while_kernels_compile(tmp_path: Path) -> None:
+    settings = config(max_shard_size="200KB")
+    plan = plan_run(save_model(tmp_path / "model"), settings)
+    quick = replace(ONE, disk=math.inf, hashes=8.0)
+    of_one = fixed_seconds(plan, quick)
+    rates = replace(quick, hash_threads=4)
+    of_four = fixed_seconds(plan, rates)
+    largest = max(shard.size for shard in plan.layout.shards)
+    total = sum(shard.size for shard in plan.layout.shards)
+    assert largest < total < 4 * largest
+    assert of_one["manifest"] == total / 8
+    assert of_four["manifest"] == 4 * largest / 8
+    assert of_four["source"] == 4 * plan.source.nbytes / 8
+    assert of_four["copy"] == 4 * of_one["copy"] > 0
+    compiling = fixed_seconds(plan, replace(rates, kernels=1e9))
+    assert compiling == of_four | {"source": 1e9}
+    reading = fixed_seconds(plan, replace(rates, disk=1.0))
+    assert reading == of_four | {"source": plan.source.nbytes}
+    writing = fixed_seconds(plan, replace(rates, writes=2.0))
+    assert writing["copy"] == of_four["copy"] + sum(tensor.nbytes for tensor in plan.copied) / 2
+
+
+def test_the_cost_model_takes_half_the_operations_of_an_h100() -> None:
+    rates = cost_model(replace(H100, bfloat16=8.0, tf32=6.0, cholesky=4.0, hashes=3.0))
+    assert rates.forward * H100.forwards_per_product == 4
+    assert (rates.shift, rates.solve, rates.factor) == (4, 3, 2)
+    assert rates.hashes == 3 * H100.hash_threads
+
+
+def test_each_rate_names_its_source_and_what_is_not_confirmed() -> None:
+    rates = {rate.name: rate for rate in described(H100)}
+    assert all(rate.source for rate in rates.values())
+    assert rates["bfloat16"].value == H100.bfloat16
+    facts = {name for name, rate in rates.items() if rate.known}
+    assert facts == {"multiprocessors", "hash_threads"}
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,134 @@
+"""Rates that an H100 and its host usually reach, each with its source; nothing here is measured.
+
+`gptq plan --time` measures most rates where it runs, and takes from here what it cannot measure.
+`scripts/count_gpu_work.py` and `scripts/scale_out.py` estimate with all of them. Needs no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
+from typing import Any, NamedTuple
+
+from gptq_cli.planning.estimate import Rates
+
+CPU_START_SECONDS = 4.0  # measured: Python, torch and transformers are imported
+
+
+def _rate(value: float, source: str, *, known: bool = False) -> Any:
+    """Return a field with this default; a GPU is to confirm it, unless it is known already."""
+    return field(default=value, metadata={"source": source, "known": known})
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceRates:
+    """The rates of one device and its host, by default those of an H100.
+
+    Products are operations in a second, two for a multiplication with an addition.
+    """
+
+    # Work of the device
+    bfloat16: float = _rate(
+        600e12, "products of bfloat16, sums in float32: 989e12 by the data sheet, 60 % reached"
+    )
+    tf32: float = _rate(250e12, "products in TF32: 495e12 by the data sheet, about half reached")
+    float32: float = _rate(
+        45e12, "products in float32, no tensor cores: 67e12 by the data sheet, 2/3 reached"
+    )
+    cholesky: float = _rate(15e12, "Cholesky factors in float32 by cuSOLVER")
+    memory: float = _rate(
+        3.0e12, "bytes read and written: 3.35e12 by the data sheet, nine tenths reached"
+    )
+    pinned_copy: float = _rate(50e9, "bytes to and from pinned memory of the host: PCIe 5")
+    other_copy: float = _rate(6e9, "bytes to and from other memory of the host")
+    torch_launch: float = _rate(6e-6, "seconds of the host for an operation of torch")
+    triton_launch: float = _rate(15e-6, "seconds of the host for a kernel of Triton")
+    least_kernel: float = _rate(2e-6, "seconds that the shortest kernel takes on the device")
+    multiprocessors: int = _rate(
+        132, "tiles of a product, 128 x 128, that are computed at once; no sum is split", known=True
+    )
+    small_tiles: float = _rate(
+        0.6, "share of the rate that products in tiles 64 x 64 reach; the faster counts"
+    )
+    column: float = _rate(
+        0.3e-6,
+        "seconds of a column in kernels that take columns in turn, if they have few rows: "
+        "the 247 instructions of one warp, one in two cycles",
+    )
+    column_rows: float = _rate(
+        117e9,
+        "weights that these kernels round in a second, if they have many rows: 247 "
+        "instructions of a warp for 32 weights, of which a device issues 132 x 4 in a cycle of "
+        "1.7 GHz",
+    )
+    candidates: float = _rate(
+        7.3e11, "candidates for the scale that are tried on a weight in a second"
+    )
+    # What the cost model of whole runs takes from counts of blocks
+    forwards_per_product: float = _rate(
+        1.33, "times that a forward takes as long as its products with weights, counted for 8B"
+    )
+    hessians_per_product: float = _rate(
+        1.3, "times that Hessians take as long as their products, counted for 8B"
+    )
+    rounding: float = _rate(
+        1.0e10,
+        "weights that are rounded once in a second, with the launches around it, counted for 8B",
+    )
+    layer_seconds: float = _rate(3e-4, "seconds of the host for the launches of a small layer")
+    # Work before and after the blocks
+    import_seconds: float = _rate(
+        CPU_START_SECONDS, "seconds to import Python, torch and transformers, measured on a CPU"
+    )
+    kernel_seconds: float = _rate(
+        6.0, "seconds to start CUDA and compile kernels, while the model is hashed; then cached"
+    )
+    hashes: float = _rate(
+        1.5e9, "bytes that one thread reads and hashes in a second, measured on a CPU"
+    )
+    hash_threads: int = _rate(8, "threads that hash at most, one for each file", known=True)
+    disk: float = _rate(6e9, "bytes read from the disk: NVMe")
+    disk_writes: float = _rate(2e9, "bytes written to the disk and made durable: NVMe")
+    # Other devices
+    between_devices: float = _rate(2e11, "bytes sent to another device of the machine: NVLink")
+    between_machines: float = _rate(4e10, "bytes sent to another machine: 400 Gb/s each device")
+
+
+H100 = DeviceRates()
+
+
+def cost_model(rates: DeviceRates) -> Rates:
+    """Return the rates of the cost model, for a device beside others of the same machine."""
+    product = rates.bfloat16 / 2
+    return Rates(
+        forward=product / rates.forwards_per_product,
+        hessian=product / rates.hessians_per_product,
+        shift=product,
+        factor=rates.cholesky / 2,
+        solve=rates.tf32 / 2,
+        columns=rates.rounding,
+        network=rates.between_devices,
+        disk=rates.disk,
+        writes=rates.disk_writes,
+        hashes=rates.hashes * rates.hash_threads,
+        hash_threads=rates.hash_threads,
+        layer=rates.layer_seconds,
+        start=rates.import_seconds,
+        kernels=rates.kernel_seconds,
+    )
+
+
+class Described(NamedTuple):
+    """A rate with its source; a GPU is to confirm it if it is not `known`."""
+
+    name: str
+    value: float
+    source: str
+    known: bool
+
+
+def described(rates: DeviceRates) -> Iterator[Described]:
+    """Yield each rate with its source."""
+    for rate in fields(rates):
+        value, about = getattr(rates, rate.name), rate.metadata
+        yield Described(rate.name, value, about["source"], about["known"])

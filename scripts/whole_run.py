@@ -1,0 +1,65 @@
+"""The time of a whole run: its blocks as counted, and what is done before and after them.
+
+The parts of a run, beside its blocks, and what would make each of them shorter:
+
+start     Python imports torch and transformers: nothing of this program would
+source    the model is hashed while kernels are compiled: kernels of an earlier run are cached, and
+          a model of the Hub has known hashes, so its numbers are only checked
+saving    hidden states are written for a run that resumes, in a twentieth of the time at most
+copy      tensors that are not quantized are copied after the last block: while blocks are
+          quantized, another thread could do this
+verify    the output is read back and hashed tensor by tensor
+manifest  each file of the output is hashed by one thread: smaller files (`--max-shard-size 1GB`)
+          share the threads better, and the pass of `verify` could hash them as well
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from shapes import Shape, write_sparse_model
+
+from gptq_cli.config.schema import QuantizeConfig
+from gptq_cli.planning.device_rates import DeviceRates, cost_model
+from gptq_cli.planning.estimate import estimate_time, fixed_seconds
+from gptq_cli.planning.plan import plan_run
+
+SAVING_SHARE = 1 / 20  # of the time
+
+
+def whole_run(
+    shape: Shape, config: QuantizeConfig, rates: DeviceRates, block_seconds: float
+) -> dict[str, Any]:
+    """Return the seconds of the parts of a run of all blocks, each of which takes as long.
+
+    `plan_seconds` is the estimate of the cost model that `gptq plan --time` uses, at these rates.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        model = Path(folder) / "model"
+        write_sparse_model(model, shape, shape.blocks)
+        plan = plan_run(model, config)
+        known = cost_model(rates)
+        parts = {"blocks": shape.blocks * block_seconds, **fixed_seconds(plan, known)}
+        planned = estimate_time(plan, config, replace(known, network=float("inf")))
+    states = 2 * config.nsamples * config.seqlen * shape.hidden
+    if config.base.follows_original:
+        states *= 2
+    each_block = shape.blocks * states / rates.disk_writes
+    parts["saving"] = min(each_block, SAVING_SHARE * parts["blocks"])
+    return {
+        "run_seconds": sum(parts.values()),
+        "plan_seconds": planned.total,
+        "parts": parts,
+    }
+
+
+def lines(found: dict[str, Any], blocks: int) -> Iterator[str]:
+    """Yield the lines that show the parts of a run, longest first."""
+    for name, seconds in sorted(found["parts"].items(), key=lambda item: -item[1]):
+        yield f"{name:10} {seconds:8.1f} s"
+    planned = f"{found['plan_seconds']:.0f} s by the cost model of `gptq plan --time`"
+    yield f"a run of {blocks} blocks takes {found['run_seconds']:.0f} s (estimated); {planned}"
