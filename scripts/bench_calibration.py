@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from common import benchmark_parser, write_json
+from common import benchmark_parser, name_of, write_json
 
 from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.evaluation.perplexity import evaluate_perplexity
@@ -65,11 +65,6 @@ def measure(arguments: argparse.Namespace, bits: int, calibration: Path) -> list
             print(json.dumps(row), flush=True)
             rows.append(row)
     return rows
-
-
-def name_of(file: Path) -> str:
-    """Return a file with its folder: several files may be called evaluation.jsonl."""
-    return f"{file.resolve().parent.name}/{file.name}"
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:

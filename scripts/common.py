@@ -33,9 +33,16 @@ def benchmark_parser(document: str | None) -> argparse.ArgumentParser:
 
 
 def write_json(file: Path | None, content: object) -> None:
-    """Write figures to `file`; write nothing if it is None."""
+    """Write figures to `file`, which is old or new at any moment; write nothing if it is None."""
     if file is not None:
-        file.write_text(json.dumps(content, indent=2) + "\n")
+        unfinished = file.with_name(f".{file.name}.unfinished")
+        unfinished.write_text(json.dumps(content, indent=2) + "\n")
+        unfinished.replace(file)
+
+
+def name_of(file: Path) -> str:
+    """Return a file with its folder: several files may be called evaluation.jsonl."""
+    return f"{file.resolve().parent.name}/{file.name}"
 
 
 def median_of(rows: Iterable[Mapping[str, Any]], key: str) -> float:
