@@ -328,6 +328,10 @@ def _products(func: Any, args: Any) -> tuple[float, tuple[int, int, int] | None]
         left, right = args[FACTORS_FROM[name]], args[FACTORS_FROM[name] + 1]
         batch, (rows, inner), columns = left.shape[:-2].numel(), left.shape[-2:], right.shape[-1]
         return float(batch * rows * inner * columns), (batch, rows, columns)
+    if name == "_grouped_mm":
+        tokens, weights = args[:2]
+        rows = tokens.shape[0] // len(weights)
+        return float(tokens.numel() * weights.shape[-1]), (len(weights), rows, weights.shape[-1])
     if name in ("mv", "addmv", "dot"):
         return float(max(tensor.numel() for tensor in args if isinstance(tensor, Tensor))), None
     if name == "linalg_solve_triangular":

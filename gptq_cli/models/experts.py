@@ -12,9 +12,10 @@ K chosen experts of a token   N tokens of one expert   [O, I] a matrix of output
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from copy import copy
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, chain, pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +24,9 @@ from torch import Tensor, nn
 GATE, UP, DOWN = "gate_proj", "up_proj", "down_proj"
 GATE_UP = "gate_up_proj"
 BIAS = "_bias"  # suffix of the name of the stacked matrices that a bias is added to
+# Compute capabilities, by their first number, on which torch has one kernel for the products of
+# several experts in bfloat16 (GroupedBlas.cpp); its rows are multiples of so many numbers:
+_GROUPED_PRODUCTS, _ALIGNED = (9, 10), 8
 _PROOF_FEATURES, _PROOF_TOKENS, _PROOF_TOLERANCE = 16, 24, 1e-4
 
 
@@ -90,6 +94,7 @@ class Experts(nn.Module):
         self.kind._parameters = {}
         self.n_experts, self.n_choices = shape.n_experts, shape.n_choices
         self.biased, self._interleaved = shape.biased, shape.interleaved
+        self._first = [GATE, UP] if shape.gated else [UP]  # the linears that see the tokens
         dtype = kind.get_parameter(DOWN).dtype
         for number in range(shape.n_experts):
             expert = Expert(shape.hidden, shape.intermediate, gated=shape.gated, dtype=dtype)
@@ -143,47 +148,114 @@ class Experts(nn.Module):
             output.index_add_(0, rows, down.to(output.dtype))
 
     def _add_together(self, output: Tensor, routed: Routed, weights: Tensor | None) -> None:
-        """Add what `_add_one_by_one` adds, to the bit, with three products for each expert.
+        """Add what `_add_one_by_one` adds, in few launches.
 
-        Everything else is done for the tokens of all experts at once. A row of `output` receives
-        its experts in their order, so that two runs add the same numbers.
+        A row of `output` receives its experts in their order, so that two runs add the same
+        numbers.
         """
         of_experts = self._choices(routed)
-        counts = [len(choices) for choices in of_experts]
         choices = torch.cat(list(of_experts))
-        rows, numbers = _row_of(choices, *routed), None
-        if self.biased:
-            experts = torch.arange(self.n_experts, device=choices.device)
-            counted = torch.tensor(counts, device=choices.device)
-            numbers = experts.repeat_interleave(counted, output_size=len(choices))
-        tokens = routed.hidden[rows]
-        between = self._each(UP, tokens, counts)
-        gate = None
-        if self[0].gate_proj is not None:
-            gate = self._each(GATE, tokens, counts)
-        between = self._activated(gate, between, numbers)
-        down = self._with_bias(DOWN, numbers, self._each(DOWN, between, counts))
-        if weights is not None:
-            down = down * weights[choices][:, None]
-        down = down.to(output.dtype)
+        tokens = routed.hidden[_row_of(choices, *routed)]
+        outputs = output.new_empty(len(choices) + 1, output.shape[1])
+        outputs[-1:].zero_()  # what choices that are no expert add here
+        scales = None if weights is None else weights[choices][:, None]
+        start = 0
+        for run in self._runs(output):
+            counts = [len(of_experts[number]) for number in run]
+            mine = slice(start, start + sum(counts))
+            start = mine.stop
+            down = self._outputs(run, tokens[mine], counts)
+            if scales is None:
+                outputs[mine] = down
+            else:
+                torch.mul(down, scales[mine], out=outputs[mine])
         if routed.experts is None:  # then no row has two experts
-            output.index_add_(0, rows, down)
+            output.index_add_(0, choices, outputs[:-1])
             return
-        down = torch.cat([down, down.new_zeros(1, down.shape[1])])  # of choices that are no expert
         for places in _places_of_choices(choices, routed.experts):
-            output += down[places]
+            output += outputs[places]
 
-    def _each(self, part: str, tokens: Tensor, counts: Sequence[int]) -> Tensor:
-        """Return the outputs of the linears `part` for the tokens of each expert, `counts` many."""
-        linears = [self[number].get_submodule(part) for number in range(self.n_experts)]
-        weights = [linear.get_parameter("weight") for linear in linears]
-        found = tokens.new_empty(len(tokens), len(weights[0]))
-        for weight, mine, target in zip(
+    def intermediates(
+        self, numbers: Sequence[int], tokens: Tensor, counts: Sequence[int]
+    ) -> Tensor:
+        """Return what `intermediate` returns for each of the experts `numbers`, joined, [N, I].
+
+        `tokens` [N, H] are `counts` many for each of them.
+        """
+        return self._between(numbers, tokens, counts, self._owners(numbers, tokens, counts))
+
+    def _outputs(self, numbers: Sequence[int], tokens: Tensor, counts: Sequence[int]) -> Tensor:
+        """Return the outputs [N, H] of the experts `numbers`, for `counts` tokens of each."""
+        owners = self._owners(numbers, tokens, counts)
+        between = self._between(numbers, tokens, counts, owners)
+        return self._with_bias(DOWN, owners, self._products([DOWN], numbers, between, counts))
+
+    def _owners(
+        self, numbers: Sequence[int], tokens: Tensor, counts: Sequence[int]
+    ) -> Tensor | None:
+        """Return the expert of each token, int64 [N], which chooses biases; None without them."""
+        if not self.biased:
+            return None
+        experts, sizes = on_device([*numbers, *counts], tokens.device).chunk(2)
+        return experts.repeat_interleave(sizes, output_size=len(tokens))
+
+    def _between(
+        self,
+        numbers: Sequence[int],
+        tokens: Tensor,
+        counts: Sequence[int],
+        owners: Tensor | None,
+    ) -> Tensor:
+        joined = self._products(self._first, numbers, tokens, counts)
+        if self._first == [UP]:
+            return self._activated(None, joined, owners)
+        if hasattr(self.kind, "_apply_gate") and not self._interleaved:
+            return self._activated_together(joined, owners)
+        gate, up = joined.chunk(2, dim=-1)
+        return self._activated(gate, up, owners)
+
+    def _products(
+        self, parts: Sequence[str], numbers: Sequence[int], tokens: Tensor, counts: Sequence[int]
+    ) -> Tensor:
+        """Return the outputs [N, O] of the linears `parts`, side by side.
+
+        `tokens` [N, ...] are `counts` many for each of the experts `numbers`. If the weights of all
+        follow each other in memory, they take one product on devices that have such products.
+        """
+        weights = [self._weights(parts, number) for number in numbers]
+        first = weights[0][0]
+        outputs = len(parts) * len(first)
+        is_stack = _follow_each_other(list(chain(*weights)))
+        if is_stack and len(tokens) and _has_grouped_products(tokens, first):
+            size, stride = (len(weights), outputs, first.shape[1]), outputs * first.shape[1]
+            stack = first.as_strided(size, (stride, *first.stride()))
+            return _grouped_product(tokens, stack, counts)
+        found = tokens.new_empty(len(tokens), outputs)
+        for mine, given, target in zip(
             weights, tokens.split(counts), found.split(counts), strict=True
         ):
-            if len(mine):
-                torch.mm(mine, weight.T, out=target)
+            if len(given):
+                _multiply_each(given, mine, target)
         return found
+
+    def _runs(self, like: Tensor) -> list[range]:
+        """Return the experts in runs: their weights follow each other in memory, or all are apart.
+
+        If a device like that of `like` has no products of several experts, there is one run.
+        """
+        weights = [self._weights(self._first, number) for number in range(self.n_experts)]
+        starts = [0]
+        if _has_grouped_products(like, weights[0][0]):
+            follows = [_follow_each_other([*one, *other]) for one, other in pairwise(weights)]
+            neighbours = zip([False, *follows], follows, [*follows[1:], False], strict=False)
+            for number, (before, here, after) in enumerate(neighbours, 1):
+                if not here and (before or after):
+                    starts.append(number)
+        return [range(start, stop) for start, stop in pairwise([*starts, self.n_experts])]
+
+    def _weights(self, parts: Sequence[str], number: int) -> list[Tensor]:
+        expert = self[number]
+        return [getattr(expert, part).weight for part in parts]
 
     def intermediate(self, number: int, tokens: Tensor) -> Tensor:
         """Return the input [N, I] of the down_proj of expert `number` for `tokens` [N, H]."""
@@ -208,6 +280,10 @@ class Experts(nn.Module):
             joined = torch.stack([gate, up], -1).flatten(-2)
         else:
             joined = torch.cat([gate, up], dim=-1)
+        return self._activated_together(joined, number)
+
+    def _activated_together(self, joined: Tensor, number: int | Tensor | None) -> Tensor:
+        """Return `_activated` of outputs that are joined as the stacked module joins them."""
         joined = self._with_bias(GATE_UP, number, joined)
         gated: Tensor = self.kind._apply_gate(joined)  # type: ignore[operator]
         return gated
@@ -224,7 +300,9 @@ class Experts(nn.Module):
         A token appears once for each of its choices that is this expert, first choices first.
         Waits for the device once or twice for all experts together.
         """
-        return [_row_of(choices, *routed) for choices in self._choices(routed)]
+        of_experts = self._choices(routed)
+        rows = _row_of(torch.cat(list(of_experts)), *routed)
+        return list(rows.split(list(map(len, of_experts))))
 
     def n_tokens(self, routed: Routed) -> int:
         """Return the number of tokens of a batch, however many experts each is sent to."""
@@ -256,6 +334,55 @@ class Experts(nn.Module):
         experts = torch.arange(self.n_experts + 1, device=choices.device, dtype=choices.dtype)
         bounds = torch.searchsorted(choices, experts).tolist()
         return [numbers[start:stop] for start, stop in pairwise(bounds)]
+
+
+def on_device(
+    numbers: Sequence[int], device: torch.device, dtype: torch.dtype = torch.int64
+) -> Tensor:
+    """Return whole numbers on a device; the host does not wait for it if it can pin memory."""
+    tensor = torch.tensor(numbers, dtype=dtype)
+    if device.type == "cuda":
+        with suppress(RuntimeError):  # the system pins no more memory
+            tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
+def _has_grouped_products(tokens: Tensor, weight: Tensor) -> bool:
+    """Return whether one product on the device takes tokens and weights of several experts.
+
+    Elsewhere torch computes it expert by expert, and waits for the device. It wants rows that start
+    at multiples of 16 bytes.
+    """
+    if not tokens.is_cuda or tokens.dtype != torch.bfloat16:
+        return False
+    if weight.shape[0] % _ALIGNED or weight.shape[1] % _ALIGNED:
+        return False
+    return torch.cuda.get_device_capability(tokens.device)[0] in _GROUPED_PRODUCTS
+
+
+def _follow_each_other(tensors: Sequence[Tensor]) -> bool:
+    """Return whether each of the tensors, of equal shapes, starts where the one before it ends."""
+    for before, after in pairwise(tensors):
+        alike = before.is_contiguous() and after.is_contiguous() and before.shape == after.shape
+        memory = before.untyped_storage().data_ptr()
+        if not alike or memory != after.untyped_storage().data_ptr():
+            return False
+        if after.storage_offset() != before.storage_offset() + before.numel():
+            return False
+    return True
+
+
+def _grouped_product(tokens: Tensor, weights: Tensor, counts: Sequence[int]) -> Tensor:
+    """Return the outputs [N, O] of weights [E, O, I] for `counts` tokens of each."""
+    ends = on_device(list(accumulate(counts)), tokens.device, torch.int32)
+    product: Tensor = torch._grouped_mm(tokens, weights.transpose(1, 2), offs=ends)
+    return product
+
+
+def _multiply_each(tokens: Tensor, weights: Sequence[Tensor], target: Tensor) -> None:
+    """Write the products of `tokens` with each of the weights of an expert to `target`."""
+    for weight, columns in zip(weights, target.chunk(len(weights), dim=1), strict=True):
+        torch.mm(tokens, weight.T, out=columns)
 
 
 def _places_of_choices(order: Tensor, chosen: Tensor) -> Tensor:

@@ -52,6 +52,7 @@ WEIGHTS_OF_A_PART = 2**27  # in parts of more than the least number of rows
 EXPERTS_AT_ONCE = {"cpu": 1, "cuda": 32}
 EXPERTS_BYTES = 3 * 2**30
 EXPERTS_SHARE = 4  # they may take a quarter of max_vram
+ROUTED_SHARE = 6  # of these bytes are those of the inputs from which Hessians are summed
 
 
 # ---------------------------------------------------------------- memory and disk
@@ -398,12 +399,25 @@ def _solver_bytes(plan: RunPlan, bits: int, device: str) -> int:
 
 def experts_at_once(layers: Sequence[LayerPlan], device: str, max_vram: int | None) -> int:
     """Return how many experts with these `layers` are solved together on a type of device."""
-    allowed = EXPERTS_BYTES
-    if max_vram is not None:
-        allowed = min(allowed, max_vram // EXPERTS_SHARE)
+    allowed = _experts_allowance(max_vram)
     if not layers or any(_has_scattered_groups(layer.config) for layer in layers):
         return 1
     return max(1, min(EXPERTS_AT_ONCE[device], allowed // _expert_bytes(layers, device)))
+
+
+def routed_bytes(max_vram: int | None) -> int:
+    """Return the bytes of inputs that are taken for several experts at a time.
+
+    While their Hessians are summed, factors and codes are not in memory yet. Their bytes hold the
+    inputs, and what the inputs of down_proj are made of.
+    """
+    return _experts_allowance(max_vram) // ROUTED_SHARE
+
+
+def _experts_allowance(max_vram: int | None) -> int:
+    if max_vram is None:
+        return EXPERTS_BYTES
+    return min(EXPERTS_BYTES, max_vram // EXPERTS_SHARE)
 
 
 def _has_scattered_groups(config: LayerConfig | None) -> bool:

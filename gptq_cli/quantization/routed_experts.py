@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from itertools import chain, groupby
 from statistics import median
 
@@ -13,12 +12,17 @@ from torch import Tensor, nn
 
 from gptq_cli.errors import GateError
 from gptq_cli.events import ExpertsCovered
-from gptq_cli.models.experts import Expert, Experts, Routed
-from gptq_cli.planning.estimate import EXPERTS_AT_ONCE, expert_cost, experts_at_once
+from gptq_cli.models.experts import Expert, Experts, Routed, on_device
+from gptq_cli.planning.estimate import (
+    EXPERTS_AT_ONCE,
+    expert_cost,
+    experts_at_once,
+    routed_bytes,
+)
 from gptq_cli.planning.run_plan import LayerPlan
 from gptq_cli.quantization.layers import Inputs, LayerSolver, SolvedLayer
 from gptq_cli.runtime.ranks import SINGLE_PROCESS
-from gptq_cli.solver.hessian import HessianAccumulator
+from gptq_cli.solver.hessian import HessianAccumulator, limit_parts_
 
 LISTED = 8  # experts that an error names
 
@@ -74,6 +78,39 @@ class RoutedInputs:
             first, *others = inputs
             hessian.add(first, next(iter(others), None), half=place % 2)
         return hessian
+
+    def hessians(
+        self,
+        numbers: Sequence[int],
+        rows: Sequence[Tensor],
+        device: torch.device,
+        *,
+        down: bool,
+        most_bytes: int,
+    ) -> Iterator[HessianAccumulator]:
+        """Yield the Hessians of the experts `numbers`, of inputs that were joined.
+
+        `rows` are those of each expert. Inputs are taken for as many experts at a time as have
+        `most_bytes` of them, and for one at least.
+        """
+        widths = [batch.hidden.shape[1] * batch.hidden.itemsize for batch in self.batches[0]]
+        for places in _portions(list(map(len, rows)), most_bytes // sum(widths)):
+            yield from self._hessians(numbers[places], rows[places], device, down=down)
+
+    def _hessians(
+        self, numbers: Sequence[int], rows: Sequence[Tensor], device: torch.device, *, down: bool
+    ) -> Iterator[HessianAccumulator]:
+        counts = list(map(len, rows))
+        inputs = _taken(self.batches[0], torch.cat(list(rows)))
+        if down:
+            for model, experts in enumerate(self.experts):
+                inputs[model] = experts.intermediates(numbers, inputs[model], counts)
+        if self.limited:
+            limit_parts_(inputs[0], next(iter(inputs[1:]), None), on_device(counts, device))
+        for mine in zip(*(tokens.split(counts) for tokens in inputs), strict=True):
+            hessian = HessianAccumulator(inputs[0].shape[1], device)
+            hessian.add(*mine)
+            yield hessian
 
     def first_not_finite(
         self, number: int, rows: Tensor, device: torch.device, *, down: bool
@@ -211,23 +248,22 @@ class _Group:
 
     def _seen(self, *, down: bool) -> Inputs:
         """Return what the experts have seen; with `down` it is the inputs of their down_proj."""
-        sums = map(partial(self._sum, down=down), range(len(self.experts)))
+        rows, device = [self._rows(place) for place in range(len(self.experts))], self.solver.device
         if not self.inputs.joined:
-            (alone,) = sums
-            return Inputs.of(alone)
+            (number,), (mine,) = self.experts, rows
+            alone = self.inputs.hessian(number, mine, device, down=down)
+            return Inputs.of(_identity_if_unseen(alone))
+        joined = [whole for (whole,) in rows]
 
         def first_not_finite(place: int) -> tuple[int, int] | None:
-            number, (rows,) = self.experts[place], self._rows(place)
-            return self.inputs.first_not_finite(number, rows, self.solver.device, down=down)
+            number = self.experts[place]
+            return self.inputs.first_not_finite(number, joined[place], device, down=down)
 
-        return Inputs.of_experts(len(self.experts), sums, first_not_finite)
-
-    def _sum(self, place: int, *, down: bool) -> HessianAccumulator:
-        number, rows = self.experts[place], self._rows(place)
-        hessian = self.inputs.hessian(number, rows, self.solver.device, down=down)
-        if not any(map(len, rows)):
-            hessian.add_identity()  # the expert is then rounded to nearest
-        return hessian
+        most = routed_bytes(self.solver.run.config.max_vram_bytes)
+        sums = self.inputs.hessians(self.experts, joined, device, down=down, most_bytes=most)
+        return Inputs.of_experts(
+            len(self.experts), map(_identity_if_unseen, sums), first_not_finite
+        )
 
     def _rows(self, place: int) -> Sequence[Tensor]:
         """Return the rows that calibrate an expert: those it is sent, or all if it is sent none."""
@@ -236,6 +272,24 @@ class _Group:
             return rows
         device = self.solver.device
         return [torch.arange(len(first.hidden), device=device) for first, *_ in self.inputs.batches]
+
+
+def _identity_if_unseen(hessian: HessianAccumulator) -> HessianAccumulator:
+    """Return the Hessian of an expert; without tokens it is made to round to nearest."""
+    if not hessian.tokens:
+        hessian.add_identity()
+    return hessian
+
+
+def _portions(counts: Sequence[int], most: int) -> Iterator[slice]:
+    """Yield slices of `counts` whose sums are `most` or less, or that have one number."""
+    start, held = 0, 0
+    for place, count in enumerate(counts):
+        if place > start and held + count > most:
+            yield slice(start, place)
+            start, held = place, 0
+        held += count
+    yield slice(start, len(counts))
 
 
 def report_coverage(name: str, tokens: Sequence[int], solver: LayerSolver) -> None:

@@ -164,9 +164,9 @@ class DistributedRanks(Ranks):
         for sums in zip(*(part.sums for part in mine), strict=True):
             self._add_up(sums, spans)
         whole = mine[0]
-        seen = self.all_gather([(part.tokens, torch.stack(part.finite).tolist()) for part in mine])
+        seen = self.all_gather([(part.tokens, torch.stack(part.peaks).tolist()) for part in mine])
         whole.tokens = sum(tokens for tokens, _ in seen)
-        whole.finite = [torch.tensor(finite) for _, additions in seen for finite in additions]
+        whole.peaks = [torch.tensor(peak) for _, additions in seen for peak in additions]
         return whole
 
     def all_gather(self, mine: Sequence[Value]) -> list[Value]:

@@ -104,7 +104,8 @@ class HessianAccumulator:
         self._panels: list[Tensor] = []  # empty until they are needed on CUDA
         if self._device.type == "cpu":
             self._add_zeros()
-        self.finite: list[Tensor] = []  # for each `add`, whether the diagonal was finite after it
+        # After each `add`, the largest number of the diagonal, which is infinite or NaN if any is:
+        self.peaks: list[Tensor] = []
         self._whole: Tensor | None = None  # H, if it was read; the panels are then views of it
 
     @torch.no_grad()
@@ -130,7 +131,7 @@ class HessianAccumulator:
             n_items = (len(inputs) + 1 - half) // 2
             self._add_halves(tokens, original, n_items * len(tokens) // max(1, len(inputs)))
         self.tokens += tokens.shape[0]
-        self.finite.append(torch.isfinite(torch.cat(self._diagonal())).all())
+        self.peaks.append(self._peak())
 
     def _rows(self, inputs: Tensor, original: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Return both as rows [n, I], scaled down if tokens are limited."""
@@ -149,7 +150,7 @@ class HessianAccumulator:
     def absorb(self, other: HessianAccumulator) -> None:
         """Add the sums and the tokens of `other`, which has seen inputs of the same kind."""
         self.tokens += other.tokens
-        self.finite += other.finite
+        self.peaks += other.peaks
         for mine, theirs in zip(self.sums, other.sums, strict=True):
             mine += theirs
 
@@ -204,9 +205,9 @@ class HessianAccumulator:
         The cause is an input that is not finite or an overflow of the sum. Both show on the
         diagonal, which sums the squares of each feature. Waits for the device once.
         """
-        if not self.finite:
+        if not self.peaks:
             return None
-        finite = torch.stack(self.finite).tolist()
+        finite = torch.stack(self.peaks).isfinite().tolist()
         if all(finite):
             return None
         return finite.index(False), len(finite)
@@ -214,6 +215,12 @@ class HessianAccumulator:
     def _diagonal(self) -> list[Tensor]:
         """Return the diagonal of H as one view for each panel."""
         return [panel.diagonal(panel.shape[1] - panel.shape[0]) for panel in self._panels]
+
+    def _peak(self) -> Tensor:
+        diagonal = self._diagonal()
+        if len(diagonal) == 1:
+            return diagonal[0].amax()
+        return torch.cat(diagonal).amax()
 
     def _add_zeros(self) -> None:
         """Make the sums zero if nothing was added yet."""
@@ -291,17 +298,59 @@ def _limited(tokens: Tensor, original: Tensor | None) -> tuple[Tensor, Tensor | 
     A token may be `LONGEST` times as long as the median token. Factors are powers of 2, so that
     scaled numbers of 16 bits are exact. Tokens without a finite length stay as they are.
     """
-    dtype = torch.promote_types(tokens.dtype, torch.float32)
-    lengths = torch.linalg.vector_norm(tokens, dim=1, dtype=dtype)
-    limit = LONGEST * lengths.median()  # 0 if most tokens are zero: then none is scaled
-    too_long = (lengths > limit) & (limit > 0) & lengths.isfinite()
-    excess = torch.where(too_long, lengths / limit, 1.0)
-    factors = torch.exp2(-excess.log2().ceil()).to(tokens.dtype).unsqueeze(1)
+    lengths = _lengths(tokens)
+    factors = _shortening(lengths, lengths.median()).to(tokens.dtype).unsqueeze(1)
     if tokens.is_cpu and bool((factors == 1).all()):
         return tokens, original  # without a copy
     if original is not None:
         original = original * factors
     return tokens * factors, original
+
+
+def limit_parts_(tokens: Tensor, original: Tensor | None, counts: Tensor) -> None:
+    """Limit massive tokens in parts of `tokens` [n, I], and scale their originals, in place.
+
+    The parts follow each other; `counts`, int64 on the device, are their numbers of tokens. A token
+    may be as long as if a `HessianAccumulator` with limited tokens had got its part alone.
+    """
+    if not len(tokens):
+        return
+    lengths, ends = _lengths(tokens), counts.cumsum(0)
+    numbers = torch.arange(len(tokens), device=tokens.device)
+    part_of = torch.searchsorted(ends, numbers, right=True)
+    medians = _medians(lengths, part_of, ends - counts // 2 - 1)
+    factors = _shortening(lengths, medians[part_of]).to(tokens.dtype).unsqueeze(1)
+    tokens.mul_(factors)
+    if original is not None:
+        original.mul_(factors)
+
+
+def _lengths(tokens: Tensor) -> Tensor:
+    """Return the lengths [n] of tokens [n, I], at least in float32."""
+    dtype = torch.promote_types(tokens.dtype, torch.float32)
+    lengths: Tensor = torch.linalg.vector_norm(tokens, dim=1, dtype=dtype)
+    return lengths
+
+
+def _medians(lengths: Tensor, part_of: Tensor, middles: Tensor) -> Tensor:
+    """Return the median of the lengths of each part; NaN is larger than all numbers.
+
+    Lengths [n] belong to the parts `part_of` [n]. `middles` are the places of the medians among
+    the lengths, if the lengths of each part are sorted.
+    """
+    by_length, order = lengths.sort()
+    by_part = part_of[order].sort(stable=True).indices
+    return by_length[by_part[middles]]
+
+
+def _shortening(lengths: Tensor, medians: Tensor) -> Tensor:
+    """Return the power of 2, 1 or less, by which each token of these lengths is scaled.
+
+    If most tokens are zero, which makes a median 0, none is scaled.
+    """
+    excess = lengths / (LONGEST * medians)
+    excess = excess.nan_to_num(1.0, posinf=1.0).clamp(min=1.0)
+    return torch.exp2(-excess.log2().ceil())
 
 
 def mirror_(matrices: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from transformers.models.longcat_flash.modeling_longcat_flash import (
 )
 from transformers.models.mixtral.modeling_mixtral import MixtralConfig, MixtralExperts
 
+from gptq_cli.models import experts as experts_module
 from gptq_cli.models.experts import (
     DOWN,
     GATE_UP,
@@ -152,6 +153,76 @@ def test_experts_with_biases_add_the_same_together(gpt_oss_experts: GptOssExpert
     experts = separated(gpt_oss_experts)
     alone, together = both_ways(experts, torch.randn(3, 32), chosen, torch.rand(3, 2))
     torch.testing.assert_close(alone, together, rtol=0, atol=0)
+
+
+def grouped(
+    experts: Experts, places: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> list[int]:
+    """Lay the weights of the experts in each list one after the other, as on a device.
+
+    Let the processor compute as a device with grouped products; return their numbers of experts.
+    """
+    for together in places:
+        for parts in (experts._first, [DOWN]):
+            old = [weight for number in together for weight in experts._weights(parts, number)]
+            rows = torch.cat(old).split(len(old[0]))
+            slots = [(number, part) for number in together for part in parts]
+            for (number, part), weight in zip(slots, rows, strict=True):
+                linear = experts[number].get_submodule(part)
+                linear.weight = nn.Parameter(weight, requires_grad=False)
+    product, seen = torch._grouped_mm, []
+
+    def noted(tokens: Tensor, weights: Tensor, *, offs: Tensor) -> Tensor:
+        seen.append(len(weights))
+        return product(tokens, weights, offs=offs)
+
+    monkeypatch.setattr(torch, "_grouped_mm", noted)
+    monkeypatch.setattr(experts_module, "_has_grouped_products", lambda *_: True)
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("places", "products"),
+    [
+        ([[0, 1, 2, 3]], [4, 4]),
+        ([[0, 1], [2, 3]], [2, 2, 2, 2]),
+        ([[2, 3]], [2, 2]),
+        ([[0, 1], [3, 2]], [2, 2]),
+    ],
+    ids=str,
+)
+def test_experts_that_follow_each_other_in_memory_take_one_product(
+    places: list[list[int]], products: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    experts = separated(mixtral_experts()).to(torch.bfloat16)
+    seen = grouped(experts, places, monkeypatch)
+    chosen = torch.tensor([[0, 2], [2, 3], [0, 3], [3, 9], [2, 0]])
+    tokens = torch.randn(5, 32, dtype=torch.bfloat16)
+    alone, together = both_ways(experts, tokens, chosen, torch.rand(5, 2, dtype=torch.bfloat16))
+    assert torch.equal(alone, together)
+    assert seen == products
+
+
+def test_interleaved_experts_with_biases_take_one_product(
+    gpt_oss_experts: GptOssExperts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    experts = separated(gpt_oss_experts)
+    seen = grouped(experts, [[0, 1, 2, 3]], monkeypatch)
+    chosen = torch.tensor([[0, 2], [2, 1], [0, 1]])
+    alone, together = both_ways(experts, torch.randn(3, 32), chosen, torch.rand(3, 2))
+    torch.testing.assert_close(alone, together, rtol=0, atol=0)
+    assert seen == [4, 4]
+
+
+def test_inputs_of_down_proj_are_those_of_each_expert_alone(
+    gpt_oss_experts: GptOssExperts,
+) -> None:
+    counts = [2, 0, 5]
+    for kind in (gpt_oss_experts, mixtral_experts()):
+        experts, tokens = separated(kind), torch.randn(7, 32)
+        found = experts.intermediates([3, 1, 0], tokens, counts).split(counts)
+        for number, given, mine in zip([3, 1, 0], tokens.split(counts), found, strict=True):
+            torch.testing.assert_close(mine, experts.intermediate(number, given))
 
 
 @pytest.fixture

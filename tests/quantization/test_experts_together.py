@@ -10,17 +10,19 @@ from torch import Tensor
 
 from gptq_cli.config.layer import LayerConfig
 from gptq_cli.errors import GateError, GptqError, InputError
-from gptq_cli.models.experts import Experts
+from gptq_cli.models.experts import Experts, Routed
 from gptq_cli.planning.run_plan import LayerPlan
 from gptq_cli.quantization import layers, routed_experts
 from gptq_cli.quantization.routed_experts import RoutedInputs
 from gptq_cli.solver.factor import HessianFactor, NotPositiveDefiniteError, prepare
 from gptq_cli.solver.hessian import HessianAccumulator
+from tests.models.test_experts import mixtral_experts, separated
 from tests.quantization.test_routed_experts import N_EXPERTS, NAMES, save_mixture
 from tests.runs import digest, messages, quantize_with_events
 
 PATTERN = "model.layers.{}.mlp.experts.{}.{}_proj"
 PLAIN = {"preset": "fast", "batch_size": 1}
+CPU = torch.device("cpu")
 INTERMEDIATE = 64  # features; the proof that experts compute the same has fewer
 
 
@@ -63,6 +65,30 @@ def test_experts_solved_together_have_the_bytes_of_experts_solved_alone(
             assert (found.tokens, found.fallback) == (expected.tokens, expected.fallback)
 
 
+@pytest.mark.parametrize("down", [False, True])
+@pytest.mark.parametrize("streams", [1, 2])
+def test_hessians_from_joined_inputs_are_those_of_each_expert(down: bool, streams: int) -> None:
+    ways = [separated(mixtral_experts()) for _ in range(streams)]
+    inputs = RoutedInputs("experts", ways, limited=True)
+    for batch in range(3):
+        hidden = [torch.randn(20, 32) for _ in ways]
+        hidden[0][[2, 9, 11]] *= 1000
+        chosen = torch.rand(20, 4).argsort(1)[:, :2].clamp(max=2)  # some choose expert 2 twice
+        inputs.add(batch, *(Routed(tokens, chosen) for tokens in hidden))
+    inputs = inputs.join()
+    rows = [mine for (mine,) in inputs.rows()]
+    numbers, mine = [0, 2, 3], [rows[0], rows[2], rows[3]]
+    assert not len(rows[3])
+    for most_bytes in (1, 10**6):
+        sums = inputs.hessians(numbers, mine, CPU, down=down, most_bytes=most_bytes)
+        for number, own, found in zip(numbers, mine, sums, strict=True):
+            expected = inputs.hessian(number, [own], CPU, down=down)
+            assert found.tokens == expected.tokens == len(own)
+            assert len(found.shifts) == len(expected.shifts) == 2 * (streams - 1)
+            for one, other in zip(found.sums, expected.sums, strict=True):
+                torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
 def infinite_for_one_token(monkeypatch: pytest.MonkeyPatch, model: Path, expert: int) -> None:
     """Make an expert's input of down_proj infinite for the token with the largest first feature."""
     hessian, intermediate = RoutedInputs.hessian, Experts.intermediate
@@ -87,7 +113,14 @@ def infinite_for_one_token(monkeypatch: pytest.MonkeyPatch, model: Path, expert:
             found[tokens[:, 0] == largest] = torch.inf
         return found
 
+    def infinite_together(
+        self: Experts, numbers: list[int], tokens: Tensor, counts: list[int]
+    ) -> Tensor:
+        of_experts = zip(numbers, tokens.split(counts), strict=True)
+        return torch.cat([self.intermediate(number, mine) for number, mine in of_experts])
+
     monkeypatch.setattr(Experts, "intermediate", infinite)
+    monkeypatch.setattr(Experts, "intermediates", infinite_together)
 
 
 def without_factor(monkeypatch: pytest.MonkeyPatch, tokens_of_expert: int) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from gptq_cli.errors import PausedError
 from gptq_cli.evaluation.perplexity import evaluate_perplexity
 from gptq_cli.evaluation.request import EvalRequest
 from gptq_cli.events import BlockFinished, Event, PhaseStarted, Warned
+from gptq_cli.models import experts
 from gptq_cli.quantization.run import quantize_checkpoint
 from gptq_cli.runtime import memory, open_model
 from gptq_cli.runtime.memory import Memory
@@ -123,16 +125,21 @@ def test_solving_waits_rarely_and_reads_no_weight_twice(gpu: SimulatedGpu, tmp_p
     assert waits(gpu, "planning", "quantization", "runtime") == 0, gpu.waits
 
 
-@pytest.mark.parametrize(("family", "each"), [("mixtral", 1), ("llama4_text", 2)])
+@pytest.mark.parametrize(
+    ("family", "dtype", "each"),
+    [("mixtral", torch.bfloat16, 1), ("llama4_text", torch.float32, 2)],
+)
 def test_the_host_waits_once_or_twice_for_all_experts_of_a_block(
-    family: str, each: int, gpu: SimulatedGpu, tmp_path: Path
+    family: str, dtype: torch.dtype, each: int, gpu: SimulatedGpu, tmp_path: Path
 ) -> None:
-    model = save_model(tmp_path / "model", family)
+    model = save_model(tmp_path / "model", family, dtype=dtype)
     quantize_checkpoint(str(model), tmp_path / "cpu", config(preset="fast", **SETTINGS))
     gpu.waits.clear()
-    quantize_checkpoint(
-        str(model), tmp_path / "gpu", config(preset="fast", device="cuda", **SETTINGS)
-    )
+    with patch.object(experts, "_grouped_product", wraps=experts._grouped_product) as grouped:
+        quantize_checkpoint(
+            str(model), tmp_path / "gpu", config(preset="fast", device="cuda", **SETTINGS)
+        )
+    assert grouped.called == (dtype == torch.bfloat16)
     assert written(tmp_path / "gpu") == written(tmp_path / "cpu")
     # The first block runs twice more, to reveal its result and its stages.
     forwards = BLOCKS * BATCHES + 2

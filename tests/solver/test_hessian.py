@@ -108,6 +108,37 @@ def test_tokens_of_usual_lengths_keep_every_bit_if_limited() -> None:
         assert torch.equal(*hessians)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_parts_are_limited_as_if_each_came_alone(dtype: torch.dtype) -> None:
+    massive, few = with_massive_tokens(dtype), with_massive_tokens(dtype)[30:35]
+    most_are_zero = massive.flip(0)
+    most_are_zero[5:] = 0
+    alone = massive[20:21] * 1000
+    parts = [massive, massive[:0], most_are_zero, few, alone, massive[:0]]
+    counts = torch.tensor([len(part) for part in parts])
+    tokens, originals = torch.cat(parts), torch.cat(parts).flip(1)
+    given = tokens.clone()
+    hessian_module.limit_parts_(tokens, originals, counts)
+    assert ((tokens != given).any(1)).sum() == 3 + 1
+    for part, mine, original in zip(
+        parts, tokens.split(counts.tolist()), originals.split(counts.tolist()), strict=True
+    ):
+        if len(part):
+            expected, expected_original = hessian_module._limited(part, part.flip(1))
+            assert torch.equal(mine, expected)
+            assert torch.equal(original, expected_original)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e30])
+def test_a_fault_in_a_part_is_not_hidden_and_leaves_other_parts_alone(bad: float) -> None:
+    tokens = torch.ones(8, 40)
+    tokens[2, 7], tokens[6] = bad, 10
+    hessian_module.limit_parts_(tokens, None, torch.tensor([4, 4]))
+    assert str(tokens[2, 7].item()) == str(torch.tensor(bad).item())
+    assert tokens[6, 0] == 10 / 4
+    assert tokens[[0, 1, 3, 4, 5, 7]].eq(1).all()
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e30])
 def test_limited_tokens_do_not_hide_a_fault(bad: float) -> None:
     inputs = torch.ones(4, 40)
