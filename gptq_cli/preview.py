@@ -309,7 +309,14 @@ def _before_allocation(
     The first are an example, which is noted: the run measures before it chooses widths. It may
     choose any of them, so engines are judged by the second.
     """
-    from gptq_cli.allocation.goals import allowed_bits, at_width, sizes, starting_config
+    from gptq_cli.allocation.goals import (
+        about_units,
+        allowed_bits,
+        at_width,
+        fusing_engines,
+        sizes,
+        starting_config,
+    )
     from gptq_cli.allocation.rules import with_widths
     from gptq_cli.allocation.solution import unmeasured
     from gptq_cli.allocation.units import find_units
@@ -320,7 +327,8 @@ def _before_allocation(
     for note in notes_on_groups(start, base):
         report(Noted(note))
     plans = {width: plan_checkpoint(checkpoint, at_width(base, width)) for width in widths}
-    units = find_units(plans, config.protect)
+    fusing = fusing_engines(config)
+    units = find_units(plans, config.protect, fused=bool(fusing))
 
     def size_of(chosen: Sequence[int]) -> int:
         return plan_checkpoint(checkpoint, with_widths(base, units, chosen)).layout.nbytes
@@ -328,6 +336,7 @@ def _before_allocation(
     example = unmeasured(units, config, size_of)
     ends = f"{size(least)} to {size(most)}"
     report(Noted(f"each layer will get {one_of(widths)} bits, the output {ends}"))
+    report(Noted(about_units(fusing, config.target)))
     average = f"{example.bits:.3g} bits on average"
     report(Noted(f"the run measures which; this plan is an example with {average}"))
     in_turn = [widths[number % len(widths)] for number in range(len(units))]

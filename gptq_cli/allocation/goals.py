@@ -13,7 +13,7 @@ from gptq_cli.checkpoint.source import Checkpoint
 from gptq_cli.config.fields import size_in_bytes
 from gptq_cli.config.layer import HOLDS, LayerConfig
 from gptq_cli.config.schema import QuantizeConfig
-from gptq_cli.config.serving import export_of, target_problems
+from gptq_cli.config.serving import Export, engines_that_fuse, export_of, target_problems
 from gptq_cli.errors import ConfigError, Problem, one_of, size
 from gptq_cli.planning.plan import plan_checkpoint, with_group_size
 
@@ -44,6 +44,32 @@ def allowed_bits(config: QuantizeConfig) -> list[int]:
     if has_average(config):
         _check_average(config, widths)
     return widths
+
+
+def fusing_engines(config: QuantizeConfig) -> list[str]:
+    """Return the engines that load layers of the allowed widths, but what they fuse with one width.
+
+    The parts of a fused layer are one unit if there is such an engine. These are all engines, or
+    only the target if there is one.
+    """
+    return engines_that_fuse(_export(config, allowed_bits(config)), config.target)
+
+
+def about_units(fusing: Sequence[str], target: str | None) -> str:
+    """Return the sentence that tells whether fused linears get one width, and why.
+
+    >>> about_units(["vllm", "sglang"], None)
+    'q, k and v get one width, and so do gate and up, because vllm or sglang fuses them'
+    >>> about_units([], "gptqmodel")
+    'q, k, v, gate and up get widths of their own, because gptqmodel does not fuse them'
+    """
+    if fusing:
+        why = f"because {one_of(fusing)} fuses them"
+        return f"q, k and v get one width, and so do gate and up, {why}"
+    why = "because no engine that takes these widths fuses them"
+    if target is not None:
+        why = f"because {target} does not fuse them"
+    return f"q, k, v, gate and up get widths of their own, {why}"
 
 
 def _check_average(config: QuantizeConfig, widths: Sequence[int]) -> None:
@@ -116,8 +142,13 @@ def at_width(config: QuantizeConfig, width: int) -> QuantizeConfig:
 
 def _problems(config: QuantizeConfig, widths: Sequence[int]) -> list[Problem]:
     """Return the reasons why the target does not load layers of these widths in one checkpoint."""
+    return target_problems(_export(config, widths), config.target)
+
+
+def _export(config: QuantizeConfig, widths: Sequence[int]) -> Export:
+    """Return what readers see of a checkpoint with layers of these widths."""
     base = at_width(config, widths[0]).base
     layers: dict[str, LayerConfig | None] = {}
     for width in widths:
         layers[str(width)] = replace(base, bits=width)
-    return target_problems(export_of(layers, config.format, lm_head=config.lm_head), config.target)
+    return export_of(layers, config.format, lm_head=config.lm_head)

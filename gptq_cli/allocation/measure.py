@@ -53,14 +53,14 @@ from gptq_cli.solver.hessian import HessianAccumulator, HessianOfBatches
 Weights = dict[str, Tensor]
 Gathered = dict[Stage, HessianAccumulator | RoutedInputs]
 
-LEAST_TOKENS, MOST_TOKENS = 256, 4096  # of the probe
-LONGEST_WINDOW = 256
+LEAST_TOKENS, MOST_TOKENS = 96, 4096  # of the probe
+LEAST_WINDOWS, LONGEST_WINDOW = 2, 256
 
 
 def probe_shape(n_tokens: int, n_units: int, seqlen: int) -> tuple[int, int]:
     """Return the number of windows of the probe and their length; `n_tokens` are of calibration."""
     tokens = min(MOST_TOKENS, max(LEAST_TOKENS, n_tokens // n_units))
-    n_windows = -(-tokens // min(LONGEST_WINDOW, seqlen))
+    n_windows = max(LEAST_WINDOWS, -(-tokens // min(LONGEST_WINDOW, seqlen)))
     return n_windows, tokens // n_windows
 
 

@@ -60,6 +60,7 @@ class AllocateResult:
         return {
             "output": to_json(self.output),
             "model": measured.model,
+            "fused_for": list(measured.fusing),
             "units": list(map(_unit_data, measured.units, measured.harms)),
             "frontier": list(map(_entry_data, self.frontier)),
             "uniform": {str(width): _entry_data(entry) for width, entry in self.uniform.items()},

@@ -17,7 +17,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from gptq_cli.allocation.goals import NO_GOAL, allowed_bits, at_width
+from gptq_cli.allocation.goals import (
+    NO_GOAL,
+    about_units,
+    allowed_bits,
+    at_width,
+    fusing_engines,
+)
 from gptq_cli.allocation.harms import Harms, Measurement, harms_of, reference_width
 from gptq_cli.allocation.measure import Measuring, probe_shape
 from gptq_cli.allocation.rules import with_widths
@@ -53,7 +59,7 @@ from gptq_cli.runtime.ranks import SINGLE_PROCESS, Worker
 from gptq_cli.storage.manifest import ALLOCATION
 from gptq_cli.storage.work_directory import WorkDirectory, read_run, working_on, write_run
 
-REVISION = 3  # counted up if the same model gets another measurement
+REVISION = 4  # counted up if the same model gets another measurement
 LEAST_TOKENS = 8192  # of calibration, if the run has as many
 SHARE = 4  # the measurement takes a quarter of the windows, but not fewer tokens than these
 # Rounding for the measurement: quick, but with the order and the signs of the run itself
@@ -112,7 +118,8 @@ class Entry:
 class MeasuredModel:
     """A model whose units were measured: it allocates bits for any goal.
 
-    `harms` has the harm of each of `units` by width, `base` the settings beside the widths. If
+    `harms` has the harm of each of `units` by width, `base` the settings beside the widths. The
+    parts of what `fusing` engines fuse are one unit; without such an engine, each linear is one. If
     `already_done`, an earlier call has measured.
     """
 
@@ -120,6 +127,7 @@ class MeasuredModel:
     base: QuantizeConfig
     widths: tuple[int, ...]
     units: tuple[Unit, ...]
+    fusing: tuple[str, ...]
     harms: tuple[Harms, ...]
     plan_of: Callable[[QuantizeConfig], RunPlan]
     probe_tokens: int
@@ -185,12 +193,13 @@ def measure_model(
         settle_kernels = try_kernels(worker.device, prepared.config.base)
         plan_of = partial(_plan, prepared, stream)
         plans = {width: plan_of(at_width(prepared.config, width)) for width in widths}
-        units = find_units(plans, goal.protect)
+        fusing = fusing_engines(goal)
+        units = find_units(plans, goal.protect, fused=bool(fusing))
         _refuse_unreachable(units, goal, prepared.config, plan_of)
         calibration, probe = _text(prepared, len(units), worker, report)
         check_token_ids(calibration.windows.ids, stream.vocabulary_rows)
         reference = reference_width(widths)
-        identity = _identify(prepared, calibration, reference, worker, report)
+        identity = _identify(prepared, calibration, reference, fusing, worker, report)
         settle_kernels(worker.team, report)
         kept = Kept.of(prepared, place, work, identity)
         names = [unit.name for unit in units]
@@ -209,6 +218,7 @@ def measure_model(
         base=prepared.config,
         widths=tuple(widths),
         units=tuple(units),
+        fusing=tuple(fusing),
         harms=tuple(harms_of(units, measured, reference)),
         plan_of=plan_of,
         probe_tokens=probe.tokens,
@@ -246,6 +256,7 @@ def allocate_run(
 def _choice_data(measured: MeasuredModel, chosen: Entry) -> dict[str, Any]:
     """Return a choice beside the frontier and the uniform widths, for the report of the run."""
     return {
+        "units": about_units(measured.fusing, measured.base.target),
         "frontier": [entry.to_json() for entry in measured.frontier()],
         "uniform": [entry.to_json() for entry in measured.uniform().values()],
         "chosen": chosen.to_json(),
@@ -383,6 +394,7 @@ def _identify(
     prepared: PreparedRun,
     calibration: Calibration,
     reference: int,
+    fusing: Sequence[str],
     worker: Worker,
     report: Report,
 ) -> Identity:
@@ -396,6 +408,7 @@ def _identify(
         source, commit, settings, worker.device, sha256, hashed=hashed, report=report
     )
     identity["allocation"] = REVISION
+    identity["fused_units"] = bool(fusing)
     check_agreement(ranks, identity)
     return identity
 

@@ -1,8 +1,8 @@
 """Units: the groups of linear layers that get one bit width together.
 
-An engine loads the parts of a fused layer (q, k, v; gate, up) and all experts of a block with one
-setting only, so they are one unit. Every other quantized linear is a unit of its own. Needs no
-torch.
+All experts of a block are one unit. If an engine could load the widths but fuses layers (q, k, v;
+gate, up), the parts of a fused layer are one unit, since it loads them with one setting only. Every
+other quantized linear is a unit of its own. Needs no torch.
 """
 
 from __future__ import annotations
@@ -41,29 +41,33 @@ class Unit:
         return sorted(self.nbytes)
 
 
-def unit_name(layer: str) -> str:
+def unit_name(layer: str, *, fused: bool) -> str:
     """Return the name of the unit that holds the linear `layer`.
 
-    >>> unit_name("model.layers.3.self_attn.k_proj")
+    >>> unit_name("model.layers.3.self_attn.k_proj", fused=True)
     'model.layers.3.self_attn.qkv_proj'
-    >>> unit_name("model.layers.3.mlp.experts.7.up_proj")
+    >>> unit_name("model.layers.3.self_attn.k_proj", fused=False)
+    'model.layers.3.self_attn.k_proj'
+    >>> unit_name("model.layers.3.mlp.experts.7.up_proj", fused=False)
     'model.layers.3.mlp.experts'
-    >>> unit_name("model.layers.3.mlp.down_proj")
-    'model.layers.3.mlp.down_proj'
     """
     part = expert_part(layer)
     if part is not None:
         return part[0]
-    return fused_name(layer)
+    if fused:
+        return fused_name(layer)
+    return layer
 
 
-def find_units(plans: Mapping[int, RunPlan], protect: str | None = None) -> list[Unit]:
+def find_units(
+    plans: Mapping[int, RunPlan], protect: str | None = None, *, fused: bool
+) -> list[Unit]:
     """Return the units of a model in the order of its blocks.
 
-    `plans` has the plan of the model at each width that may be given. A unit with a layer whose
-    name matches the regular expression `protect` gets the widest of them. Layers that have a rule
-    of their own keep its width, and form units apart from the others. Raises ConfigError
-    E_CFG_NO_MATCH if `protect` matches no layer.
+    `plans` has the plan of the model at each width that may be given. If `fused`, the parts of what
+    engines fuse are one unit. A unit with a layer whose name matches the regular expression
+    `protect` gets the widest of them. Layers that have a rule of their own keep its width, and form
+    units apart from the others. Raises ConfigError E_CFG_NO_MATCH if `protect` matches no layer.
     """
     layers: dict[str, list[str]] = {}
     first: dict[str, LayerPlan] = {}
@@ -75,7 +79,7 @@ def find_units(plans: Mapping[int, RunPlan], protect: str | None = None) -> list
             bits = layer.config.bits
             sizes.setdefault(layer.name, {})[bits] = layer.packed_bytes(plan.packing)
     for name, layer in first.items():
-        layers.setdefault(_unit_of(layer), []).append(name)
+        layers.setdefault(_unit_of(layer, fused=fused), []).append(name)
     if protect is not None:
         _check_matches(protect, first)
     units = []
@@ -94,9 +98,9 @@ def _check_matches(protect: str, names: Collection[str]) -> None:
         )
 
 
-def _unit_of(layer: LayerPlan) -> str:
+def _unit_of(layer: LayerPlan, *, fused: bool) -> str:
     """Return the name of the unit of a layer; layers with rules of their own are apart."""
-    name = unit_name(layer.name)
+    name = unit_name(layer.name, fused=fused)
     if layer.why == BY_DEFAULT:
         return name
     assert layer.config is not None

@@ -13,7 +13,7 @@ from gptq_cli.config.fields import Panel, seconds
 from gptq_cli.config.layer import BITS
 from gptq_cli.config.resolve import resolve
 from gptq_cli.config.schema import QuantizeConfig
-from gptq_cli.errors import clock, shell_words, size
+from gptq_cli.errors import clock, counted, shell_words, size
 
 if TYPE_CHECKING:
     from gptq_cli.allocation.result import AllocateResult
@@ -120,7 +120,11 @@ def allocated(
 
 def _show(console: Console, result: AllocateResult) -> None:
     measured, chosen = result.measured, result.chosen
-    lines = [on_one_line(f"{measured.model}: {len(measured.units)} units"), ""]
+    from gptq_cli.allocation.goals import about_units
+
+    why = about_units(measured.fusing, measured.base.target)
+    count = counted(len(measured.units), "unit")
+    lines = [on_one_line(f"{measured.model}: {count}; {why}"), ""]
     lines += aligned(_rows(result), right={0, 1, 2, 3})
     if chosen is not None:
         lines += ["", *_chosen_lines(chosen), *_picture(measured, chosen)]

@@ -14,7 +14,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Literal, NamedTuple
 
 from gptq_cli.config.layer import (
@@ -1115,6 +1115,20 @@ def engines_against(trait: Trait, format: str) -> dict[Outcome, list[str]]:
         for rule in engine.rules_for(format):
             if rule.trait is trait and rule.holds("", engine.platforms[0]):
                 found.setdefault(rule.outcome, []).append(engine.name)
+    return found
+
+
+def engines_that_fuse(export: Export, target: str | None = None) -> list[str]:
+    """Return who loads such a checkpoint only if the linears that it fuses have one setting.
+
+    These are all engines that read the format, or only `target`, in its version on its platform.
+    """
+    alike, apart = replace(export, split_fused=False), replace(export, split_fused=True)
+    found = []
+    for one in _asked(target or ANY, export):
+        loads_alike = _judge(one, alike).outcome in LOADS
+        if loads_alike and _judge(one, apart).outcome not in LOADS:
+            found.append(one.name)
     return found
 
 

@@ -33,11 +33,11 @@ from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.config.serving import (
     LM_HEAD,
     SPLIT_EXPERTS,
-    SPLIT_FUSED,
     Export,
     Trait,
     Verdict,
     engines_against,
+    engines_that_fuse,
     export_of,
     limits,
     target_problems,
@@ -285,7 +285,7 @@ def remarks(plan: RunPlan, config: QuantizeConfig) -> list[Remark]:
     for text in limits(export_of_layers(plan.layers, config), config.target):
         found.append(("W_TARGET", text))
     found += _about_unfit(plan)
-    return found + _about_codes(plan) + _about_engines(plan, config.format)
+    return found + _about_codes(plan) + _about_engines(plan, config)
 
 
 def about_unused(names: Sequence[str]) -> list[Remark]:
@@ -339,8 +339,12 @@ def _about_codes(plan: RunPlan) -> list[Remark]:
     return found
 
 
-def _about_engines(plan: RunPlan, format: str) -> list[Remark]:
-    """Warn about layers that engines hold as one but whose settings differ, and about the head."""
+def _about_engines(plan: RunPlan, config: QuantizeConfig) -> list[Remark]:
+    """Warn about layers that engines hold as one but whose settings differ, and about the head.
+
+    If an engine does not load the output for another reason, what it fuses does not matter.
+    """
+    format = config.format
     found = []
     experts = plan.split_experts
     if experts:
@@ -349,9 +353,10 @@ def _about_engines(plan: RunPlan, format: str) -> list[Remark]:
         found.append(("W_CFG_EXPERTS", f"{text}: {against}"))
     settings = {layer.name: layer.stored for layer in plan.layers if not expert_part(layer.name)}
     fused = split_groups(settings)
-    if fused:
+    fusing = engines_that_fuse(export_of_layers(plan.layers, config))
+    if fused and fusing:
         text = f"the layers that engines fuse to `{fused[0]}` differ in settings"
-        found.append(("W_CFG_FUSED", f"{text}: {_engines_against(SPLIT_FUSED, format)}"))
+        found.append(("W_CFG_FUSED", f"{text}: not loaded by {', '.join(fusing)}"))
     if plan.head is not None:
         found.append(_about_head(plan, plan.head, format))
     return found

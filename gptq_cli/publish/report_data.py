@@ -107,6 +107,7 @@ class Allocation(BaseModel):
 class Choice(BaseModel):
     """The widths that a run with a goal chose, and those that it chose from."""
 
+    units: Text = ""
     frontier: Annotated[list[Allocation], Field(max_length=MOST_POINTS)]
     uniform: Annotated[list[Allocation], Field(max_length=MOST_POINTS)]
     chosen: Allocation

@@ -211,6 +211,15 @@ def test_a_finished_measurement_serves_another_goal(qwen3: Path, tmp_path: Path)
     assert digest(tmp_path) != before
 
 
+def test_units_for_another_engine_are_measured_anew(qwen3: Path, tmp_path: Path) -> None:
+    file, events = tmp_path / "a.yaml", list[Event]()
+    apart = measure(qwen3, goal(), file)
+    fused = measure(qwen3, goal(target="sglang@0.5.19"), file, events.append)
+    assert (apart.already_done, fused.already_done) == (False, False)
+    assert (len(apart.units), len(fused.units)) == (21, 12)
+    assert not [event for event in events if isinstance(event, Warned)]
+
+
 @pytest.fixture(scope="module")
 def finished(qwen3: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Return the content of the file of a finished measurement."""

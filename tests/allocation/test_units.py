@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from gptq_cli.allocation.goals import about_units, fusing_engines
 from gptq_cli.allocation.harms import Measurement, harms_of
 from gptq_cli.allocation.rules import with_widths
 from gptq_cli.allocation.solution import Allocator
@@ -17,10 +18,12 @@ from tests.runs import config
 WIDTHS = (2, 3, 4, 8)
 
 
-def units_of(model: Path, protect: str | None = None, **changes: object) -> list[Unit]:
+def units_of(
+    model: Path, protect: str | None = None, *, fused: bool = True, **changes: object
+) -> list[Unit]:
     """Return the units of a model at `WIDTHS`."""
     plans = {width: plan_run(model, config(bits=width, **changes)) for width in WIDTHS}
-    return find_units(plans, protect)
+    return find_units(plans, protect, fused=fused)
 
 
 @pytest.fixture(scope="module")
@@ -40,6 +43,45 @@ def test_units_are_what_engines_fuse(llama: Path) -> None:
     ]
     assert [unit.block for unit in units] == sorted(unit.block for unit in units)
     assert all(tuple(unit.widths) == WIDTHS for unit in units)
+
+
+def test_each_linear_is_a_unit_if_no_engine_fuses_it(llama: Path) -> None:
+    units = units_of(llama, fused=False)
+    assert [unit.layers for unit in units] == [(unit.name,) for unit in units]
+    leaves = {unit.kind.rpartition(".")[2] for unit in units}
+    assert leaves == {f"{leaf}_proj" for leaf in ("q", "k", "v", "o", "gate", "up", "down")}
+    assert len(units) == 3 * len(leaves)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_all_experts_of_a_block_stay_one_unit(fused: bool, tmp_path: Path) -> None:
+    units = units_of(save_model(tmp_path / "model", "qwen3_moe"), fused=fused)
+    experts = [unit for unit in units if unit.kind == "mlp.experts"]
+    assert [unit.block for unit in experts] == [0, 1]
+    assert len({len(unit.layers) for unit in experts}) == 1
+    assert len(experts[0].layers) > 3
+
+
+@pytest.mark.parametrize(
+    ("settings", "fusing"),
+    [
+        ({"allow_bits": [2, 3, 4]}, []),
+        ({"allow_bits": [4, 8]}, ["vllm", "sglang", "aphrodite"]),
+        ({"allow_bits": [4, 8], "target": "gptqmodel"}, []),
+        ({"allow_bits": [4, 8], "target": "vllm@0.30"}, ["vllm@0.30"]),
+        ({"allow_bits": [4, 8], "sym": False}, []),
+        ({"allow_bits": [2, 3, 4], "target": "sglang@0.5.19"}, ["sglang@0.5.19"]),
+        ({"allow_bits": [2, 3, 4], "format": "compressed-tensors"}, ["vllm"]),
+        ({"allow_bits": [2, 3, 4], "format": "mlx"}, []),
+    ],
+)
+def test_engines_fuse_only_what_they_load(settings: dict[str, object], fusing: list[str]) -> None:
+    wanted = config(bits=4, **settings)
+    found = fusing_engines(wanted)
+    assert found == fusing
+    why = about_units(found, wanted.target)
+    assert ("q, k and v get one width" in why) == bool(fusing)
+    assert wanted.target is None or wanted.target in why
 
 
 def test_sizes_of_units_add_up_to_the_file(llama: Path) -> None:

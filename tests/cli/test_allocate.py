@@ -61,7 +61,7 @@ def test_the_written_rules_do_what_quantize_does_alone(gptq: Run, place: Path) -
     goal = [*settings(place), WIDTHS, "--bits=2.5", "--protect=.*[.]2[.].*v_proj"]
     found = gptq("allocate", *goal, "-o", file, "--json")
     widths = json.loads(found.stdout)["chosen"]["widths"]
-    assert widths["model.layers.2.self_attn.qkv_proj"] == 4
+    assert widths["model.layers.2.self_attn.v_proj"] == 4
     config = load_config(file)
     for unit in json.loads(found.stdout)["units"]:
         assert {config.choose(name).config.bits for name in unit["layers"]} == {
@@ -83,9 +83,26 @@ def test_the_result_shows_the_frontier_and_the_width_of_each_unit(gptq: Run, pla
     assert [line.split()[0] for line in lines if " all " in line] == ["2.00", "3.00", "4.00"]
     (chosen,) = [line for line in lines if line.startswith("chosen: ")]
     assert "bits on average" in chosen
-    (picture,) = [line for line in lines if "self_attn.qkv_proj" in line]
+    assert lines[0].endswith(
+        ": 21 units; q, k, v, gate and up get widths of their own, because no engine that "
+        "takes these widths fuses them"
+    )
+    (picture,) = [line for line in lines if "self_attn.v_proj" in line]
     assert set(picture.split()[1]) <= {"2", "3", "4"}
     assert len(picture.split()[1]) == 3
+
+
+def test_what_an_engine_fuses_has_one_width(gptq: Run, place: Path) -> None:
+    goal = [*settings(place), "--allow-bits=4,8", "--bits=5.5"]
+    result = gptq("allocate", *goal)
+    first = result.stdout.splitlines()[0]
+    assert first.endswith(
+        ": 12 units; q, k and v get one width, and so do gate and up, "
+        "because vllm, sglang or aphrodite fuses them"
+    )
+    found = json.loads(gptq("allocate", *goal, "--json").stdout)
+    assert found["fused_for"] == ["vllm", "sglang", "aphrodite"]
+    assert "model.layers.0.self_attn.qkv_proj" in found["chosen"]["widths"]
 
 
 def test_the_report_of_a_run_shows_what_it_chose_from(gptq: Run, place: Path) -> None:
@@ -102,6 +119,7 @@ def test_the_report_of_a_run_shows_what_it_chose_from(gptq: Run, place: Path) ->
     assert [entry["bits"] for entry in choice["uniform"]] == [2, 3, 4]
     page = (out / "gptq_report.html").read_text()
     assert "2.5 bits on average" in page
+    assert "In this choice, q, k, v, gate and up get widths of their own" in page
     assert page.count("<svg") == 4
 
 
@@ -268,7 +286,10 @@ def test_a_plan_shows_the_sizes_that_widths_may_make(gptq: Run, place: Path) -> 
     result = gptq("plan", *settings(place), "--bits=5.5", "--target=vllm")
     assert result.exit_code == 0, result.stderr
     assert "note: each layer will get 4 or 8 bits, the output " in result.stderr
+    assert "note: q, k and v get one width, and so do gate and up, because vllm" in result.stderr
     assert "this plan is an example with 5." in result.stderr
+    without = gptq("plan", *settings(place), "--bits=3.5")
+    assert "note: q, k, v, gate and up get widths of their own, because no engine" in without.stderr
 
 
 def test_the_plan_of_a_goal_has_its_size_and_its_engines(gptq: Run, place: Path) -> None:

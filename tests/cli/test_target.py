@@ -169,6 +169,8 @@ def test_a_rule_that_splits_a_fused_group_warns(gptq: Run, model: Path) -> None:
         "warning[W_CFG_FUSED]: the layers that engines fuse to `model.layers.1.mlp.gate_up_proj` "
         "differ in settings: not loaded by vllm, sglang, aphrodite\n"
     )
+    result = gptq("plan", model, "-b", "3", "-g", "32", "--dynamic", rule)
+    assert (result.exit_code, result.stderr) == (0, "")  # these load no 3 bits at all
 
 
 def test_a_quantized_head_warns(gptq: Run, model: Path) -> None:
