@@ -32,7 +32,7 @@ from gptq_cli.calibration.windows import Windows
 from gptq_cli.evaluation.perplexity import Divergence
 from gptq_cli.events import BlockStarted, Report, ignore
 from gptq_cli.models.block_calls import Container, State
-from gptq_cli.models.paused_forwards import Stage, given, hooked
+from gptq_cli.models.paused_forwards import Hook, Stage, given, hooked
 from gptq_cli.models.skeleton import place
 from gptq_cli.models.stream import LoadedBlock
 from gptq_cli.planning.run_plan import HEAD
@@ -152,8 +152,8 @@ class Measuring:
         for stage in stages:
             sums[stage] = nothing_seen(stage, forwards, self.run)
 
-        def noting(stage: Stage, batch: int) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-            def note(module: nn.Module, args: tuple[Any, ...]) -> None:
+        def noting(stage: Stage, batch: int) -> Hook:
+            def note(module: nn.Module, args: tuple[Any, ...], _: dict[str, Any]) -> None:
                 inputs = given(module, args)
                 if isinstance(sums[stage], RoutedInputs):  # it keeps them until all were seen
                     inputs = inputs.clone()

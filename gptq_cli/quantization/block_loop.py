@@ -16,7 +16,6 @@ from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +25,13 @@ from gptq_cli.errors import InputError
 from gptq_cli.events import BlockStarted, PhaseStarted, Warned
 from gptq_cli.models.block_calls import State
 from gptq_cli.models.experts import Experts
-from gptq_cli.models.paused_forwards import PausedForwards, Stage, pause_forwards, watch_inputs
+from gptq_cli.models.paused_forwards import (
+    PausedForwards,
+    Seen,
+    Stage,
+    pause_forwards,
+    watch_inputs,
+)
 from gptq_cli.models.stream import LoadedBlock, token_ids
 from gptq_cli.planning.run_plan import HEAD
 from gptq_cli.quantization.layers import Inputs, LayerSolver
@@ -42,8 +47,8 @@ from gptq_cli.runtime.memory import (
 from gptq_cli.runtime.open_model import HiddenStates
 from gptq_cli.solver.hessian import HessianOfBatches
 
-# The inputs of some stages in the forward of one batch: one entry for each call of a stage.
-StageInputs = list[tuple[Stage, Any]]
+# What is seen of some stages in the forward of one batch: one entry for each call of a stage.
+StageInputs = list[Seen]
 
 
 def quantize_blocks(run: Run) -> None:
@@ -102,9 +107,9 @@ def gather_inputs(
     for batch, seen in forwards.inputs(together):
         # `seen` has the calls of each passage; the passages make the same calls in the same order.
         for same_call in zip(*seen, strict=True):
-            stage = same_call[0][0]
-            inputs = [call[1] for call in same_call]
-            gathered[stage].add(batch, *inputs)
+            inputs = [call.inputs for call in same_call]
+            residuals = [call.residual for call in same_call if call.residual is not None]
+            gathered[same_call[0].stage].add(batch, *inputs, *residuals)
     return gathered
 
 
@@ -188,7 +193,7 @@ def block_forwards(
     for original in states[1:]:
         passages.append(Passage.through(block.unquantized_copy(), original, run.layers))
     first = passages[0]
-    probe = run.prober(block.module, block.called, first.forwards[0])
+    probe = run.prober(block.module, block.called, first.forwards[0], residuals=len(passages) > 1)
     stages = probe.stages(first.called)
     _check_reached(first.called, stages)
     if not run.config.true_sequential:
@@ -216,7 +221,7 @@ def head_forwards(states: Sequence[HiddenStates], run: Run) -> Iterator[Forwards
             forwards = []
             for number, batch in enumerate(mine):
                 forwards.append(partial(_head, logits, token_ids(batch), hidden, number))
-            passages.append(Passage(linears, linears, forwards, hidden))
+            passages.append(Passage(run.stream.output_linear, linears, linears, forwards, hidden))
         yield Forwards(passages, [[Stage((HEAD,), 1)]])
 
 
@@ -244,18 +249,20 @@ def _check_reached(linears: Mapping[str, nn.Module], stages: Sequence[Stage]) ->
 class Passage:
     """One forward for each batch of `hidden`, through a block or what follows the blocks.
 
-    `linears` are the planned linears by name. `called` is what the forward itself calls: these
-    linears, but a mixture of experts as a whole. Each of `forwards` runs one batch from the start.
+    `linears` are the planned linears of `module` by name. `called` is what the forward itself
+    calls: these linears, but a mixture of experts as a whole. Each of `forwards` runs one batch
+    from the start.
     """
 
     def __init__(
         self,
+        module: nn.Module,
         linears: Mapping[str, nn.Module],
         called: Mapping[str, nn.Module],
         forwards: Sequence[Callable[[], State]],
         hidden: HiddenStates,
     ) -> None:
-        self.linears, self.called = linears, called
+        self._module, self.linears, self.called = module, linears, called
         self.forwards, self._hidden = forwards, hidden
         self.first_batch = hidden.first_batch
         self._paused: PausedForwards | None = None
@@ -271,12 +278,13 @@ class Passage:
             if planned.intersection(module.modules()):
                 called[name] = module
         forwards = [partial(_forward, block, hidden, batch) for batch in range(len(hidden))]
-        return cls(linears, called, forwards, hidden)
+        return cls(block.module, linears, called, forwards, hidden)
 
     @contextmanager
     def paused(self, stages: Sequence[Stage], n_batches: int) -> Iterator[None]:
         """Pause the forwards of the first `n_batches` batches at each of `stages`."""
-        with pause_forwards(stages, self.called, self.forwards[:n_batches]) as paused:
+        runs = self.forwards[:n_batches]
+        with pause_forwards(stages, self.called, runs, self._module) as paused:
             self._paused, self._n_paused = paused, n_batches
             yield
 
@@ -285,9 +293,9 @@ class Passage:
         if self._paused is not None and self._n_paused:
             (stage,) = together
             for seen in self._paused.reach(stage):
-                yield [(stage, seen)]
+                yield [seen]
         for forward in self.forwards[self._n_paused :]:
-            yield _watched(together, self.called, forward)
+            yield _watched(together, self.called, forward, self._module)
 
     def finish(self) -> None:
         """Run every batch to its end; its output replaces its hidden states."""
@@ -303,15 +311,18 @@ def _forward(block: LoadedBlock, hidden: HiddenStates, batch: int) -> State:
 
 
 def _watched(
-    together: Sequence[Stage], called: Mapping[str, nn.Module], forward: Callable[[], object]
+    together: Sequence[Stage],
+    called: Mapping[str, nn.Module],
+    forward: Callable[[], object],
+    module: nn.Module,
 ) -> StageInputs:
-    seen: StageInputs = []
+    found: StageInputs = []
 
-    def note(stage: Stage, inputs: Any) -> None:
-        seen.append((stage, inputs.clone()))  # a later part of the forward may write into it
+    def note(seen: Seen) -> None:
+        found.append(seen.clone())
 
-    watch_inputs(together, called, note, forward)
-    return seen
+    watch_inputs(together, called, note, forward, module)
+    return found
 
 
 # ------------------------------------------------------------ out of memory

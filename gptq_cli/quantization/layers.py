@@ -68,6 +68,7 @@ class Inputs:
 
     hessians: Tensor  # [E, I, I]
     shifts: Shifts
+    drifts: Sequence[Tensor]  # of the only layer [O, I], if its output is added to a residual
     tokens: Sequence[int]  # that each expert saw
     first_not_finite: Callable[[int], tuple[int, int] | None]
 
@@ -75,7 +76,8 @@ class Inputs:
     def of(cls, seen: HessianAccumulator) -> Inputs:
         """Return the inputs of one layer, on the memory of their sums."""
         shifts = [seen.shifts] if seen.shifts else []
-        return cls(seen.hessian[None], shifts, [seen.tokens], lambda _: seen.first_not_finite())
+        tokens, drifts = [seen.tokens], seen.drifts
+        return cls(seen.hessian[None], shifts, drifts, tokens, lambda _: seen.first_not_finite())
 
     @classmethod
     def of_experts(
@@ -95,12 +97,12 @@ class Inputs:
                 shifts.append(seen.shifts)
             tokens.append(seen.tokens)
         assert hessians is not None
-        return cls(mirror_(hessians), shifts, tokens, first_not_finite)
+        return cls(mirror_(hessians), shifts, [], tokens, first_not_finite)
 
 
 @dataclass(frozen=True, slots=True)
 class UsableHessians:
-    """Hessians [E, I, I] that layers can be solved with, their factor, and shifts.
+    """Hessians [E, I, I] that layers can be solved with, their factor, shifts and drifts.
 
     `fallbacks` tell why the layers of each expert are rounded to nearest, or that they saw no
     tokens; None if neither.
@@ -108,6 +110,7 @@ class UsableHessians:
 
     hessians: Tensor
     shifts: Shifts
+    drifts: Sequence[Tensor]
     factor: HessianFactor
     fallbacks: Sequence[Fallback | None]
 
@@ -252,7 +255,8 @@ class LayerSolver:
         If an expert has none and the policy allows it, it gets the identity instead: its layers are
         then rounded to nearest.
         """
-        hessians, shifts, tokens = inputs.hessians, inputs.shifts, list(inputs.tokens)
+        hessians, tokens = inputs.hessians, list(inputs.tokens)
+        shifts, drifts = inputs.shifts, inputs.drifts
         fallbacks = [_without_tokens(seen) for seen in tokens]
         while True:
             try:
@@ -261,10 +265,11 @@ class LayerSolver:
                 if self.policy.on_numeric_fault == "error":
                     raise
                 hessians, shifts = _forgotten(hessians, shifts, error.experts)
+                drifts = []  # there is one layer if there are any
                 for expert in error.experts:
                     fallbacks[expert], tokens[expert] = _reason(error), 0
             else:
-                return UsableHessians(hessians, shifts, factor, fallbacks)
+                return UsableHessians(hessians, shifts, drifts, factor, fallbacks)
 
     def _weights(
         self, part: Sequence[Rows], usable: UsableHessians, config: LayerConfig
@@ -281,7 +286,9 @@ class LayerSolver:
         for number, weight in enumerate(weights):
             expert = number // per_expert
             shifts, factor = usable.shifts[expert], usable.factor.of(expert)
-            followed = follow_original(weight, shifts, factor, config.asymmetric_calibration)
+            rows, strength = part[number], config.asymmetric_calibration
+            drifts = [drift[rows.start : rows.stop] for drift in usable.drifts]
+            followed = follow_original(weight, shifts, factor, strength, drifts)
             weights[number], strengths[number] = followed
         return weights, strengths
 

@@ -24,14 +24,17 @@ W x₀, by least squares with the damped Hessian:
 
 W* = W + α W C (H + λI)⁻¹,    H = Σ x xᵀ,    C = Σ (x₀ - x) xᵀ
 
-Σ ‖W x₀ - Q x‖² is Σ ‖(W* - Q) x‖² plus a constant, so W* is quantized as any other weight. A
+Σ ‖W x₀ - Q x‖² is Σ ‖(W* - Q) x‖² plus a constant, so W* is quantized as any other weight. If the
+output is added to a residual r, which is r₀ in the unquantized model, the sum should be r₀ + W x₀.
+W C + E then takes the place of W C, with the drift E = Σ (r₀ - r) xᵀ. A
 strength α below 1 avoids an overfit to the calibration text. Source: QEP (Arai and Ichikawa 2025,
 arXiv 2504.09629).
 
 How much of the correction is overfit shows in two halves of the windows, with shifts C₁ and C₂.
 What all text has in common is in both of them. What is peculiar to some text has a random sign and
 is as large in the contrast C₁ - C₂ as in C = C₁ + C₂. For a row w of W, with lengths in the metric
-of (H + λI)⁻¹, the strength with the least expected error is therefore
+of (H + λI)⁻¹, the strength with the least expected error is therefore (a row of the drift is added
+to w C in both places)
 
 β = 1 - ‖w (C₁ - C₂)‖² / ‖w C‖²,    or 0 if that is negative.
 
@@ -411,19 +414,26 @@ def _subtract_square_(matrix: Tensor, factor: Tensor, panel: int) -> None:
 @torch.no_grad()
 @full_precision()
 def follow_original(
-    weight: Tensor, shifts: Sequence[Tensor], prepared: HessianFactor, strength: Strength
+    weight: Tensor,
+    shifts: Sequence[Tensor],
+    prepared: HessianFactor,
+    strength: Strength,
+    drifts: Sequence[Tensor] = (),
 ) -> tuple[Tensor, Tensor]:
     """Return W* [O, I], which makes up for the changed inputs of a layer, and its strengths [O].
 
-    `weight` is W [O, I], `shifts` are C₁ and C₂ [I, I], and `strength` is α (see the module). If it
-    is "auto", each row gets the strength that both halves of the text support. W* has the dtype of
-    the factors.
+    `weight` is W [O, I], `shifts` are C₁ and C₂ [I, I], `drifts` are E₁ and E₂ [O, I] or none, and
+    `strength` is α (see the module). If it is "auto", each row gets the strength that both halves
+    of the text support. W* has the dtype of the factors.
     Source: QEP (Arai and Ichikawa 2025, arXiv 2504.09629); James and Stein (1961).
     """
     R, D, order = prepared.R, prepared.D, prepared.order.permutation
     weight = weight.to(R.dtype)
-    first, second = [multiply(weight, shift.to(R.dtype))[:, order] for shift in shifts]
-    # Solve X R D Rᵀ = W C from the right: first with Rᵀ, then with R.
+    halves = [multiply(weight, shift.to(R.dtype)) for shift in shifts]
+    for half, drift in zip(halves, drifts, strict=False):
+        half.add_(drift)
+    first, second = [half[:, order] for half in halves]
+    # Solve X R D Rᵀ = W C + E from the right: first with Rᵀ, then with R.
     pull = _solve_unit(first + second, R.T, upper=False)
     if strength == "auto":
         strengths = _supported(pull, _solve_unit(first.sub_(second), R.T, upper=False), D)

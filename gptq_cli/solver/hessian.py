@@ -4,7 +4,8 @@ The result of GPTQ does not depend on the scale of H, so H stays a plain sum, wi
 mean. H is symmetric: only the blocks on and above the diagonal are computed and kept, a little over
 half of the work and memory. They are mirrored when H is read. If the inputs x₀ of the unquantized
 model are given too, the shift C = Σ (x₀ - x) xᵀ is summed as well, for each half of the windows:
-`factor` compares the two.
+`factor` compares the two. If the output of the layer is added to a residual r, which is r₀ in the
+unquantized model, and both are given, the drift E = Σ (r₀ - r) xᵀ is summed like the shift.
 
 Some models have massive activations: the first token of a window, or a few others, has thousands of
 times the energy of the median token (Sun et al. 2024, arXiv 2402.17762). Such tokens would be
@@ -17,7 +18,7 @@ thus every bit of H, does not depend on how batches are shared among processes.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Generic, TypeVar
@@ -99,6 +100,7 @@ class HessianAccumulator:
     ) -> None:
         self.tokens, self._limited = 0, limited
         self._shifts: list[Tensor | None] = [None, None]
+        self._drifts: list[Tensor | None] = [None, None]
         self._size, self._device, self._dtype = in_features, torch.device(device), torch.float32
         self._bounds = _panels(in_features, self._device)
         self._panels: list[Tensor] = []  # empty until they are needed on CUDA
@@ -110,14 +112,24 @@ class HessianAccumulator:
 
     @torch.no_grad()
     @full_precision()
-    def add(self, inputs: Tensor, original: Tensor | None = None, half: int = 0) -> None:
+    def add(
+        self,
+        inputs: Tensor,
+        original: Tensor | None = None,
+        half: int = 0,
+        residuals: Sequence[Tensor] = (),
+    ) -> None:
         """Add inputs [..., I]; all leading dimensions count tokens, so there must be no padding.
 
         `original` [..., I] are the inputs of the same tokens in the unquantized model. Of the items
         of the first dimension, such as windows, those before the middle belong to one half of the
         text and the others to the other half; the one in the middle belongs to `half`.
+
+        `residuals` are two tensors [..., O], to which the outputs of the same tokens are added in
+        this model and in the unquantized model. They are only taken together with `original`.
         """
-        tokens, original = self._rows(inputs, original)
+        others = [] if original is None else [original]
+        tokens, *others = self._rows(inputs, [*others, *self._short(residuals)])
         if tokens.dtype == torch.float64 != self._dtype:
             self._dtype, self._whole = torch.float64, None
             self._panels = [panel.double() for panel in self._panels]
@@ -127,20 +139,33 @@ class HessianAccumulator:
             with bfloat16_factors(tokens):
                 for chunk in torch.split(tokens, TOKENS_PER_CHUNK[self._device.type]):
                     self._add_products(chunk.to(self._dtype))
-        if original is not None:
+        if others:
             n_items = (len(inputs) + 1 - half) // 2
-            self._add_halves(tokens, original, n_items * len(tokens) // max(1, len(inputs)))
+            cut = n_items * len(tokens) // max(1, len(inputs))
+            self._add_halves(self._shifts, tokens, others[0], tokens, cut)
+            if residuals:
+                self._add_halves(self._drifts, tokens, others[2], others[1], cut)
         self.tokens += tokens.shape[0]
         self.peaks.append(self._peak())
 
-    def _rows(self, inputs: Tensor, original: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Return both as rows [n, I], scaled down if tokens are limited."""
+    def _rows(self, inputs: Tensor, others: Sequence[Tensor]) -> list[Tensor]:
+        """Return all as rows [n, ...], scaled down by the inputs if tokens are limited."""
         tokens = inputs.reshape(-1, self._size)
-        if original is not None:
-            original = original.reshape(tokens.shape)
+        same = [other.reshape(len(tokens), other.shape[-1]) for other in others]
         if self._limited and len(tokens):
-            return _limited(tokens, original)
-        return tokens, original
+            return _limited(tokens, same)
+        return [tokens, *same]
+
+    def _short(self, residuals: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Return residuals as rows [n, O], scaled down by the original ones if tokens are limited.
+
+        A token may be massive in the hidden states, but not in the inputs.
+        """
+        if not residuals or not self._limited or not residuals[0].numel():
+            return residuals
+        found, wanted = [residual.reshape(-1, residual.shape[-1]) for residual in residuals]
+        wanted, found = _limited(wanted, [found])
+        return [found, wanted]
 
     @property
     def in_features(self) -> int:
@@ -157,14 +182,12 @@ class HessianAccumulator:
     @property
     def shifts(self) -> list[Tensor]:
         """Σ (x₀ - x) xᵀ [I, I] over each half of the text; none if no original x₀ was added."""
-        first, second = self._shifts
-        known = first if second is None else second
-        if known is None:
-            return []
-        for half, shift in enumerate(self._shifts):
-            if shift is None:
-                self._shifts[half] = torch.zeros_like(known)
-        return [shift for shift in self._shifts if shift is not None]
+        return _both(self._shifts)
+
+    @property
+    def drifts(self) -> list[Tensor]:
+        """Σ (r₀ - r) xᵀ [O, I] over each half of the text; none if no residuals were added."""
+        return _both(self._drifts)
 
     @property
     def sums(self) -> list[Tensor]:
@@ -172,7 +195,7 @@ class HessianAccumulator:
 
         They exist after the first `add`.
         """
-        return [*self._panels, *self.shifts]
+        return [*self._panels, *self.shifts, *self.drifts]
 
     def add_identity(self) -> None:
         """Add the identity without tokens, with which solving a layer is rounding to nearest."""
@@ -244,56 +267,79 @@ class HessianAccumulator:
             else:
                 self._panels[number] += product
 
-    def _add_halves(self, tokens: Tensor, original: Tensor, cut: int) -> None:
-        """Add the shift of the tokens before `cut` to the first half, that of others to the second.
+    def _add_halves(
+        self, sums: list[Tensor | None], tokens: Tensor, wanted: Tensor, found: Tensor, cut: int
+    ) -> None:
+        """Add (wanted - found) xᵀ of tokens before `cut` to the first sum, of others to the second.
 
         A half without tokens is left out, except if there are none at all.
         """
         for half, rows in enumerate((slice(0, cut), slice(cut, None))):
             if len(tokens[rows]) or not len(tokens):
-                self._add_shift(tokens[rows], original[rows], half)
+                self._add_shift(sums, half, tokens[rows], wanted[rows], found[rows])
 
-    def _add_shift(self, tokens: Tensor, original: Tensor, half: int) -> None:
+    def _add_shift(
+        self, sums: list[Tensor | None], half: int, tokens: Tensor, wanted: Tensor, found: Tensor
+    ) -> None:
         n_tokens = TOKENS_PER_CHUNK[self._device.type]
         exact = _exact_on_tensor_cores(tokens)
-        if exact and tokens.dtype == torch.bfloat16 == original.dtype:
+        if exact and _all_bfloat16(tokens, wanted, found):
             n_tokens = TOKENS_OF_A_SHIFT
-        for chunk, before in zip(tokens.split(n_tokens), original.split(n_tokens), strict=True):
+        pieces = (tokens.split(n_tokens), wanted.split(n_tokens), found.split(n_tokens))
+        for chunk, before, after in zip(*pieces, strict=True):
             if exact:
-                self._add_exact_shift(chunk, before, half)
+                self._add_exact_shift(sums, half, chunk, before, after)
                 continue
-            shift = self._shifts[half]
+            shift = sums[half]
             if shift is None:
-                shift = chunk.new_zeros(self._size, self._size, dtype=self._dtype)
-                self._shifts[half] = shift
-            inputs = chunk.to(shift.dtype)
-            shift.addmm_((before.to(shift.dtype) - inputs).T, inputs)
+                shift = chunk.new_zeros(wanted.shape[1], self._size, dtype=self._dtype)
+                sums[half] = shift
+            difference = before.to(shift.dtype) - after.to(shift.dtype)
+            shift.addmm_(difference.T, chunk.to(shift.dtype))
 
-    def _add_exact_shift(self, tokens: Tensor, original: Tensor, half: int) -> None:
-        """Add (x₀ - x) xᵀ on tensor cores, with x₀ - x in 16 bits."""
-        difference, tokens = _difference(tokens, original)
-        shift = self._shifts[half]
+    def _add_exact_shift(
+        self, sums: list[Tensor | None], half: int, tokens: Tensor, wanted: Tensor, found: Tensor
+    ) -> None:
+        """Add (wanted - found) xᵀ on tensor cores, with the difference in 16 bits."""
+        difference, tokens = _difference(tokens, wanted, found)
+        shift = sums[half]
         if shift is None:
-            self._shifts[half] = _product(difference.T, tokens)
+            sums[half] = _product(difference.T, tokens)
             return
         for start, stop in self._bounds:  # which bounds the memory of the product
             shift[:, start:stop] += _product(difference.T, tokens[:, start:stop])
 
 
-def _difference(tokens: Tensor, original: Tensor) -> tuple[Tensor, Tensor]:
-    """Return x₀ - x in the 16 bits of `tokens`, and the tokens it is to be multiplied with.
+def _both(halves: list[Tensor | None]) -> list[Tensor]:
+    """Return the sums of both halves, none if there is neither; a missing half becomes zeros."""
+    first, second = halves
+    known = first if second is None else second
+    if known is None:
+        return []
+    for half, sum_ in enumerate(halves):
+        if sum_ is None:
+            halves[half] = torch.zeros_like(known)
+    return [sum_ for sum_ in halves if sum_ is not None]
 
-    In bfloat16 it is rounded, by less than x and x₀ themselves were. A difference of float16
-    numbers may be too large for one of them: it is the sum of two, so each token comes twice.
+
+def _all_bfloat16(*tensors: Tensor) -> bool:
+    return all(tensor.dtype == torch.bfloat16 for tensor in tensors)
+
+
+def _difference(tokens: Tensor, wanted: Tensor, found: Tensor) -> tuple[Tensor, Tensor]:
+    """Return wanted - found in the 16 bits of `tokens`, and the tokens it is to be multiplied with.
+
+    In bfloat16 it is rounded, by less than both themselves were. A difference of other numbers may
+    be too large for a float16: it is the sum of two, so each token comes twice.
     """
-    if tokens.dtype == torch.bfloat16 == original.dtype:
-        return original - tokens, tokens
-    difference = split(original.float() - tokens.float(), tokens.dtype)
+    if _all_bfloat16(tokens, wanted, found):
+        return wanted - found, tokens
+    difference = split(wanted.float() - found.float(), tokens.dtype)
     return torch.cat(difference), torch.cat([tokens, tokens])
 
 
-def _limited(tokens: Tensor, original: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Return tokens [n, I] and their originals, with those tokens scaled down that are too long.
+def _limited(tokens: Tensor, others: Sequence[Tensor]) -> list[Tensor]:
+    """Return tokens [n, I], then `others` [n, ...] of them; too long tokens are scaled down.
 
     A token may be `LONGEST` times as long as the median token. Factors are powers of 2, so that
     scaled numbers of 16 bits are exact. Tokens without a finite length stay as they are.
@@ -301,10 +347,8 @@ def _limited(tokens: Tensor, original: Tensor | None) -> tuple[Tensor, Tensor | 
     lengths = _lengths(tokens)
     factors = _shortening(lengths, lengths.median()).to(tokens.dtype).unsqueeze(1)
     if tokens.is_cpu and bool((factors == 1).all()):
-        return tokens, original  # without a copy
-    if original is not None:
-        original = original * factors
-    return tokens * factors, original
+        return [tokens, *others]  # without a copy
+    return [tokens * factors, *(other * factors for other in others)]
 
 
 def limit_parts_(tokens: Tensor, original: Tensor | None, counts: Tensor) -> None:
@@ -387,12 +431,14 @@ class HessianOfBatches:
         self._open: HessianAccumulator | None = None
         self._nodes: list[Node[HessianAccumulator]] = []
 
-    def add(self, batch: int, inputs: Tensor, original: Tensor | None = None) -> None:
+    def add(
+        self, batch: int, inputs: Tensor, original: Tensor | None = None, *residuals: Tensor
+    ) -> None:
         """Add inputs of a batch (see `HessianAccumulator.add`); a batch may add several times."""
         if batch != self._batch or self._open is None:
             self._close()
             self._batch, self._open = batch, self._new()
-        self._open.add(inputs, original, batch % 2)
+        self._open.add(inputs, original, batch % 2, residuals)
 
     def nodes(self) -> list[Node[HessianAccumulator]]:
         """Return the sums over all batches so far, as few as the order of additions allows."""
