@@ -59,6 +59,7 @@ def estimate(shape: Shape, devices: int, preset: str) -> dict[str, float]:
         experts_per_token=shape.experts_per_token or 1,
         batches=config.nsamples // batch_size,
         state_bytes=2 * shape.hidden,
+        features=shape.hidden,
     )
     n_bytes = sum(2 * layer.out_features * layer.in_features for layer in layers)
     rates = WITHIN_A_NODE if devices <= DEVICES_OF_A_NODE else BETWEEN_NODES

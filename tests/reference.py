@@ -9,6 +9,7 @@ weight.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 
@@ -127,16 +128,16 @@ def damping_of(energy: Tensor, config: LayerConfig, tokens: int | None) -> Tenso
     return share * energy
 
 
-def limited(inputs: Tensor, originals: Tensor, batch: int, longest: float) -> None:
-    """Halve long tokens of the inputs [tokens, I], and their originals; a batch has `batch`."""
+def limited(inputs: Tensor, others: Sequence[Tensor], batch: int, longest: float) -> None:
+    """Halve long tokens of the inputs [tokens, I], and the same of others; a batch has `batch`."""
     for start in range(0, len(inputs), batch):
         lengths = inputs[start : start + batch].norm(dim=1)
         most = longest * lengths.median()
         for token, length in enumerate(lengths.tolist(), start):
             while length > most:
                 length /= 2
-                inputs[token] /= 2
-                originals[token] /= 2
+                for tensor in (inputs, *others):
+                    tensor[token] /= 2
 
 
 def follow(
@@ -145,11 +146,13 @@ def follow(
     originals: Tensor,
     config: LayerConfig,
     sides: Tensor | None = None,
+    drift: Tensor | float = 0.0,
 ) -> Tensor:
     """Return the weight [O, I] to quantize for inputs [tokens, I]; the original inputs differ.
 
     Ridge regression of what the outputs lack on the inputs, as rows of one least-squares problem.
     `sides` are 1 for tokens of one half of the text and -1 for those of the other, for "auto".
+    `drift` [tokens, O] is what the hidden states lack to which the outputs are added.
     """
     energy = inputs.square().sum(0)
     damping = damping_of(energy, config, len(inputs))
@@ -162,7 +165,7 @@ def follow(
         found = torch.linalg.lstsq(rows, targets).solution.T
         return found, (found * (lacking.T @ inputs)).sum(1)
 
-    lacking = (originals - inputs) @ weight.T
+    lacking = (originals - inputs) @ weight.T + drift
     change, explained = regression(lacking)
     strength = config.asymmetric_calibration
     if strength == "auto":

@@ -257,8 +257,8 @@ def solving_bytes(plan: RunPlan, config: QuantizeConfig, device: str, devices: i
     `estimate_memory` tells of.
     """
     bits, streams = _forward_bits(plan, config), _streams(plan)
-    panels = _batches_each(config, devices).bit_length() * _sums(streams)
-    sums = int(panels * _most_inputs(plan.quantized) ** 2 * FLOAT)
+    n_sums = _batches_each(config, devices).bit_length()
+    sums = int(n_sums * _most_summed(plan) * FLOAT)
     solver = _solver_bytes(plan, bits, device)
     tokens, bytes_each = TOKENS_PER_CHUNK, FLOAT
     if device == "cuda":
@@ -267,8 +267,11 @@ def solving_bytes(plan: RunPlan, config: QuantizeConfig, device: str, devices: i
             tokens, bytes_each = TOKENS_OF_A_SHIFT, BYTES_OF_A_SHIFT
     batch_tokens = config.batch_size * bounded(config, plan.source).seqlen
     chunk = min(tokens, batch_tokens) * bytes_each
-    chunk += int(config.limit_massive_tokens) * streams * batch_tokens * bits // 8
-    return max(solver, sums) + chunk * _most_inputs(plan.layers)
+    copies = int(config.limit_massive_tokens) * streams * batch_tokens * bits // 8
+    copied = _most_inputs(plan.layers)
+    if plan.asymmetric:
+        copied += _hidden_size(plan)
+    return max(solver, sums) + chunk * _most_inputs(plan.layers) + copies * copied
 
 
 def _streams(plan: RunPlan) -> int:
@@ -289,6 +292,33 @@ def _sums(streams: int) -> float:
     These are a Hessian and, with two streams, a shift for each half of the text.
     """
     return HESSIAN_SHARE + 2 * (streams - 1)
+
+
+def _most_summed(plan: RunPlan) -> float:
+    """Return the most numbers that a batch adds to the sums of one layer."""
+    of_layers = [0.0]
+    for layer in plan.quantized:
+        numbers = _sums(_streams(plan)) * layer.in_features**2
+        of_layers.append(numbers + _drift_numbers(plan, layer))
+    return max(of_layers)
+
+
+def _drift_numbers(plan: RunPlan, layer: LayerPlan) -> int:
+    """Return the numbers of the drifts of a layer: [O, I] for each half of the text.
+
+    Only running the model shows whether outputs are added to the hidden states. Here they are, if
+    there are as many as features.
+    """
+    if not plan.asymmetric:
+        return 0
+    return 2 * layer.in_features * _written(layer, _hidden_size(plan))
+
+
+def _written(layer: LayerPlan, features: int) -> int:
+    """Return how many outputs a layer may add to hidden states; experts add none by themselves."""
+    if layer.out_features != features or expert_part(layer.name):
+        return 0
+    return features
 
 
 def _outside_weights(plan: RunPlan) -> int:
@@ -386,13 +416,14 @@ def _solver_bytes(plan: RunPlan, bits: int, device: str) -> int:
     """Return the bytes of solving the layer that takes most.
 
     These are 2 float32 matrices [I, I], a Hessian and its factor, and 2 more with asymmetric
-    calibration, the shifts of two halves of the text; 3 float32 matrices and 2 of codes [rows of a
+    calibration, the shifts of two halves of the text, with their drifts [O, I]; 3 float32 matrices and 2 of codes [rows of a
     part, I] while columns are rounded; the layer's weights and codes.
     """
     most = 0
     for layer in plan.quantized:
         rows = min(layer.out_features, rows_of_a_part(device, layer.in_features))
         matrices = _solving_bytes(layer.in_features, rows, follows=plan.asymmetric)
+        matrices += _drift_numbers(plan, layer) * FLOAT
         most = max(most, matrices + layer.n_weights * (bits // 8 + CODE))
     return most
 
@@ -467,9 +498,12 @@ def hessian_cost(in_features: int, tokens: float) -> float:
     return HESSIAN_SHARE * tokens * in_features**2
 
 
-def shift_cost(in_features: int, tokens: float) -> float:
-    """Return the cost of Σ (x₀ - x) xᵀ over this many tokens; it is not symmetric."""
-    return tokens * in_features**2
+def shift_cost(in_features: int, tokens: float, written: int = 0) -> float:
+    """Return the cost of Σ (x₀ - x) xᵀ over this many tokens; it is not symmetric.
+
+    If the outputs are added to `written` numbers of hidden states, the drift is summed as well.
+    """
+    return tokens * in_features * (in_features + written)
 
 
 def factor_cost(in_features: int) -> float:
@@ -579,13 +613,14 @@ class Seconds:
 class Calibration:
     """The calibration text: its tokens, the number of experts that each token is sent to, and more.
 
-    `state_bytes` are the bytes of the hidden states of one token.
+    `state_bytes` are the bytes of the hidden states of one token, and `features` their numbers.
     """
 
     tokens: int
     experts_per_token: int
     batches: int
     state_bytes: int
+    features: int
 
 
 def estimate_time(plan: RunPlan, config: QuantizeConfig, rates: Rates) -> Seconds:
@@ -600,6 +635,7 @@ def estimate_time(plan: RunPlan, config: QuantizeConfig, rates: Rates) -> Second
         experts_per_token=experts_per_token,
         batches=math.ceil(config.nsamples / config.batch_size),
         state_bytes=hidden * _forward_bits(plan, config) // 8,
+        features=hidden,
     )
     seconds = estimate_seconds(plan.layers, text, 1, plan.source.nbytes, rates)
     return seconds.plus(Seconds(fixed=sum(fixed_seconds(plan, rates).values())))
@@ -679,7 +715,9 @@ def _stage_seconds(
     streams = 1
     if config.follows_original:
         streams = 2
-    rows = _rows(quantized)
+    rows, written = _rows(quantized), 0
+    if streams > 1:
+        written = max(_written(layer, text.features) for layer in quantized)
     sent = float(rows * n)
     if expert_part(stage[0].name):  # one device does all of an expert
         hessian_share = factor_share = solve_share = 1 / devices
@@ -687,7 +725,7 @@ def _stage_seconds(
         hessian_share, factor_share = busiest, 1.0
         parts = math.ceil(rows / rows_of_a_part("cuda", n))
         solve_share = math.ceil(parts / devices) / parts
-        sent += 2 * 4 * n**2 * _sums(streams)
+        sent += 2 * 4 * n * (n * _sums(streams) + 2 * written)
     solving = 0.0
     for layer in quantized:
         solving += solve_cost(layer)
@@ -695,7 +733,7 @@ def _stage_seconds(
     launching = len(quantized) * rates.layer
     hessian = hessian_cost(n, tokens) / rates.hessian
     if streams > 1:
-        hessian += shift_cost(n, tokens) / rates.shift
+        hessian += shift_cost(n, tokens, written) / rates.shift
     return Seconds(
         forward=streams * forward,
         hessian=hessian * hessian_share,

@@ -8,7 +8,7 @@ import signal
 import threading
 import weakref
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from functools import partial
 
 import pytest
@@ -16,7 +16,13 @@ import torch
 from torch import Tensor, nn
 
 from gptq_cli.errors import InputError
-from gptq_cli.models.paused_forwards import Prober, Stage, pause_forwards, probe_block
+from gptq_cli.models.paused_forwards import (
+    PausedForwards,
+    Prober,
+    Stage,
+    pause_forwards,
+    probe_block,
+)
 
 pytestmark = pytest.mark.usefixtures("nothing_hangs_or_leaks")
 
@@ -68,6 +74,12 @@ def inputs(n_batches: int = 3) -> list[Tensor]:
     return states
 
 
+def paused(
+    block: Block, runs: Sequence[Callable[[], Tensor]]
+) -> AbstractContextManager[PausedForwards]:
+    return pause_forwards(STAGES, block.linears, runs, block)
+
+
 def solve(linear: nn.Module, seen: Sequence[Tensor]) -> None:
     """Stands for the solver: weights that depend on everything the stage has seen."""
     assert isinstance(linear, nn.Linear)
@@ -79,9 +91,9 @@ def solve(linear: nn.Module, seen: Sequence[Tensor]) -> None:
 def in_lockstep(
     block: Block, runs: Sequence[Callable[[], Tensor]], stages: Sequence[Stage] = STAGES
 ) -> list[Tensor]:
-    with pause_forwards(stages, block.linears, runs) as batches:
+    with pause_forwards(stages, block.linears, runs, block) as batches:
         for stage in stages:
-            seen = list(batches.reach(stage))
+            seen = [seen.inputs for seen in batches.reach(stage)]
             for name in stage.names:
                 solve(block.linears[name], seen)
         return list(batches.finish())
@@ -118,7 +130,7 @@ def test_batches_run_one_at_a_time_and_stop_before_each_stage() -> None:
         partial(block, x, partial(lambda n, name: log.append(f"{n}{name}"), n))
         for n, x in enumerate(inputs(2))
     ]
-    with pause_forwards(STAGES, block.linears, runs) as batches:
+    with paused(block, runs) as batches:
         for stage in STAGES:
             for _ in batches.reach(stage):
                 log.append("seen")
@@ -136,7 +148,7 @@ def test_batches_run_one_at_a_time_and_stop_before_each_stage() -> None:
 
 def test_thread_starts_when_its_batch_first_runs() -> None:
     block, before = Block(), threading.active_count()
-    with pause_forwards(STAGES, block.linears, [partial(block, x) for x in inputs()]) as batches:
+    with paused(block, [partial(block, x) for x in inputs()]) as batches:
         assert threading.active_count() == before
         assert [threading.active_count() - before for _ in batches.reach(STAGES[0])] == [1, 2, 3]
 
@@ -215,9 +227,7 @@ def test_error_of_the_caller_ends_all_forwards(stage: int) -> None:
     block = Block()
 
     def use() -> None:
-        with pause_forwards(
-            STAGES, block.linears, [partial(block, state) for state in inputs()]
-        ) as batches:
+        with paused(block, [partial(block, state) for state in inputs()]) as batches:
             for number in range(stage):
                 assert len(list(batches.reach(STAGES[number]))) == 3
             next(batches.reach(STAGES[stage]))
@@ -264,11 +274,9 @@ def test_no_tensor_outlives_its_forward(fails: str) -> None:
         return output
 
     def use() -> None:
-        with pause_forwards(
-            STAGES, block.linears, [partial(run, state) for state in inputs()]
-        ) as batches:
+        with paused(block, [partial(run, state) for state in inputs()]) as batches:
             for stage in STAGES:
-                alive.extend(weakref.ref(x) for x in batches.reach(stage))
+                alive.extend(weakref.ref(seen.inputs) for seen in batches.reach(stage))
             for number, output in enumerate(batches.finish()):
                 assert output is outputs[number]()
                 assert [reference() for reference in outputs[:number]] == [None] * number

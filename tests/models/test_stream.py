@@ -212,8 +212,9 @@ def test_watched_forward_ends_after_its_last_input() -> None:
         watch_inputs(
             [Stage(("1",), 1)],
             linears,
-            lambda stage, x: seen.append((stage.names, x)),
+            lambda found: seen.append((found.stage.names, found.inputs)),
             partial(block, x),
+            block,
         )
     assert calls == [2, 0, 0]
     assert [names for names, _ in seen] == [("1",), ("1",)]
@@ -227,7 +228,11 @@ def test_hooks_are_removed_when_a_forward_raises() -> None:
     block = nn.Linear(4, 4)
     with pytest.raises(RuntimeError):
         watch_inputs(
-            [Stage(("a",), 2)], {"a": block}, lambda *_: None, lambda: block(torch.randn(2, 3))
+            [Stage(("a",), 2)],
+            {"a": block},
+            lambda _: None,
+            lambda: block(torch.randn(2, 3)),
+            block,
         )
     assert not block._forward_pre_hooks
 

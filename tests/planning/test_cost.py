@@ -35,7 +35,7 @@ from tests.quantization.test_routed_experts import save_mixture
 from tests.runs import config
 
 ONE = Rates(forward=1, hessian=1, factor=1, solve=1, columns=1, network=1, disk=1)
-TEXT = Calibration(tokens=100, experts_per_token=2, batches=8, state_bytes=3)
+TEXT = Calibration(tokens=100, experts_per_token=2, batches=8, state_bytes=3, features=64)
 
 
 def linear(name: str, rows: int, columns: int, settings: LayerConfig | None) -> LayerPlan:
@@ -117,6 +117,22 @@ def test_a_shift_is_a_whole_product_at_its_own_rate() -> None:
     slow = estimate_seconds([followed], TEXT, 1, 0, replace(ONE, shift=0.5)).hessian
     assert once == 9 / 16 * 100 * 12**2
     assert slow == once + 2 * 100 * 12**2
+
+
+def test_a_drift_is_a_product_with_each_output_and_is_sent() -> None:
+    settings = LayerConfig(asymmetric_calibration=0.5)
+    down, narrow = linear("a.down_proj", 64, 12, settings), linear("a.down_proj", 63, 12, settings)
+    slow = replace(ONE, shift=0.5, network=math.inf)
+    shift = estimate_seconds([down], TEXT, 1, 0, slow).hessian
+    assert shift == 9 / 16 * 100 * 12**2 + 2 * 100 * 12 * (12 + 64)
+    expert = replace(down, name="a.experts.1.down_proj")
+    for other in (narrow, expert):
+        of_other = estimate_seconds([other], TEXT, 1, 0, slow).hessian
+        assert of_other < shift / 2
+    sent = []
+    for layer in (down, narrow):
+        sent.append(estimate_seconds([layer], TEXT, 2, 0, ONE).network)
+    assert sent[0] - sent[1] == (12 + 2 * 4 * 2 * 12 * 64) / 2
 
 
 def test_each_layer_costs_launches_and_each_run_a_start(tmp_path: Path) -> None:

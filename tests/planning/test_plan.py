@@ -160,9 +160,13 @@ def test_presets_need_memory_for_copies_and_shifts(
     settings = config(nsamples=6, seqlen=64, preset=preset)
     plan = plan_run(model, settings)
     terms = {term.what: term.nbytes for term in estimate_memory(plan, settings).cpu}
-    tokens, n = 4 * 64, 128
-    solving = n_square * n**2 * 4 + 64 * n * (3 * 4 + 2 + 2 + 1)
-    assert terms["solver"] == solving + tokens * n * 4 + copies * tokens * n * 2
+    tokens, n, features = 4 * 64, 128, 64
+    solving = n_square * n**2 * 4 + features * n * (3 * 4 + 2 + 2 + 1)
+    copied = n
+    if copies == 2:  # drifts, and residuals beside the inputs
+        solving += 2 * features * n * 4
+        copied += features
+    assert terms["solver"] == solving + tokens * n * 4 + copies * tokens * copied * 2
 
 
 @pytest.mark.parametrize("family", ["gemma3", "qwen3_vl"])

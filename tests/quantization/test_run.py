@@ -51,6 +51,10 @@ def described(output: Path) -> dict[str, Any]:
 
 
 LONGEST = 1.01  # these models have no massive tokens, so a third of their tokens stand for them
+RESIDUALS = {
+    "self_attn.o_proj": "input_layernorm",
+    "mlp.down_proj": "post_attention_layernorm",
+}
 HALF: dict[str, object] = {"asymmetric_calibration": 0.5}
 
 
@@ -64,6 +68,24 @@ def halves(n_windows: int, settings: QuantizeConfig) -> Tensor:
     return torch.tensor(sides)
 
 
+def drift_of(
+    whole: PreTrainedModel,
+    untouched: PreTrainedModel,
+    block: str,
+    linear: str,
+    windows: Tensor,
+    settings: QuantizeConfig,
+) -> Tensor:
+    """Return for every token what the hidden states lack that `linear` writes into, or zeros."""
+    norm = RESIDUALS.get(linear)
+    if norm is None:
+        return torch.zeros(windows.numel(), 1).double()
+    wanted, found = [input_of(each, f"{block}.{norm}", windows) for each in (untouched, whole)]
+    if settings.limit_massive_tokens:
+        limited(wanted, [found], settings.batch_size * settings.seqlen, LONGEST)
+    return wanted - found
+
+
 def slow_quantize(
     model: Path,
     windows: Tensor,
@@ -74,25 +96,29 @@ def slow_quantize(
     """Return the codes of every layer; each stage runs the whole model anew.
 
     Hessians are float64. Later stages see the quantized weights of `ours`: if they saw those of
-    this function, one rounded tie would change many codes of all layers after it.
+    this function, one rounded tie would change many codes of all layers after it. The outputs of
+    o_proj and down_proj are added to the inputs of the norms in `RESIDUALS`.
     """
     whole = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
     untouched = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
     modules = dict(whole.named_modules())
+    n_together = settings.batch_size * settings.seqlen
     codes = {}
     for block in range(len(whole.model.layers)):
         for names in stages:
-            full = [f"model.layers.{block}.{name}" for name in names]
+            place = f"model.layers.{block}"
+            full = [f"{place}.{name}" for name in names]
             tokens = input_of(whole, full[0], windows)
             originals = input_of(untouched, full[0], windows)
+            drift = drift_of(whole, untouched, place, names[0], windows, settings)
             if settings.limit_massive_tokens:
-                limited(tokens, originals, settings.batch_size * settings.seqlen, LONGEST)
+                limited(tokens, [originals, drift], n_together, LONGEST)
             hessian = tokens.T @ tokens
             sides = halves(len(windows), settings).repeat_interleave(settings.seqlen)
             for name in full:
                 weight = modules[name].weight.detach()
                 if settings.asymmetric_calibration:
-                    weight = follow(weight.double(), tokens, originals, settings.base, sides)
+                    weight = follow(weight.double(), tokens, originals, settings.base, sides, drift)
                 codes[name] = gptq(weight, hessian, settings.base, len(tokens)).codes
             for name in full:
                 modules[name].weight.data = ours.linear(name).dequantize(torch.float32)

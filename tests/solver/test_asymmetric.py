@@ -42,6 +42,15 @@ def gathered(inputs: Tensor, originals: Tensor) -> HessianAccumulator:
     return accumulator
 
 
+def residuals(inputs: Tensor, noise: float = 0.1) -> tuple[Tensor, Tensor]:
+    """What outputs of these inputs are added to, here and in the unquantized model."""
+    random = torch.Generator().manual_seed(8)
+    wanted = torch.randn(len(inputs), ROWS, generator=random, dtype=torch.float64)
+    slip = 0.02 * torch.randn(COLUMNS, ROWS, generator=random, dtype=torch.float64)
+    changed = noise * torch.randn(len(inputs), ROWS, generator=random, dtype=torch.float64)
+    return wanted + inputs @ slip + changed, wanted
+
+
 def ours(inputs: Tensor, originals: Tensor, config: LayerConfig) -> Tensor:
     return followed(gathered(inputs, originals), config)[0]
 
@@ -49,7 +58,8 @@ def ours(inputs: Tensor, originals: Tensor, config: LayerConfig) -> Tensor:
 def followed(seen: HessianAccumulator, config: LayerConfig) -> tuple[Tensor, Tensor]:
     """Return W* and the strengths of the rows."""
     factor = prepare(seen.hessian, config, seen.tokens)
-    return follow_original(weight(), seen.shifts, factor, config.asymmetric_calibration)
+    strength = config.asymmetric_calibration
+    return follow_original(weight(), seen.shifts, factor, strength, seen.drifts)
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -64,6 +74,67 @@ def test_weight_equals_ridge_regression_in_every_order(
     expected = follow(weight(), inputs, originals, config)
     assert (expected - weight()).abs().max() > 1e-3
     torch.testing.assert_close(ours(inputs, originals, config), expected, rtol=1e-8, atol=1e-11)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("strength", [0.25, 1.0])
+def test_weight_makes_up_for_the_drift_of_its_residual(order: str, strength: float) -> None:
+    config = layer_config(order, group_size=16, asymmetric_calibration=strength)
+    originals = correlated_inputs(TOKENS, COLUMNS)
+    inputs = disturbed(originals)
+    found, wanted = residuals(inputs)
+    seen = HessianAccumulator(COLUMNS, "cpu")
+    for part in torch.arange(TOKENS).split(70):
+        seen.add(inputs[part], originals[part], residuals=(found[part], wanted[part]))
+    expected = follow(weight(), inputs, originals, config, drift=wanted - found)
+    assert (expected - follow(weight(), inputs, originals, config)).abs().max() > 1e-3
+    torch.testing.assert_close(followed(seen, config)[0], expected, rtol=1e-8, atol=1e-11)
+
+
+def test_sums_with_the_residual_approach_the_original_ones() -> None:
+    config = layer_config("natural", group_size=16, asymmetric_calibration="auto")
+    originals = correlated_inputs(8 * TOKENS, COLUMNS)
+    inputs = disturbed(originals)
+    found, wanted = residuals(inputs)
+    old, new = slice(0, 4 * TOKENS), slice(4 * TOKENS, None)
+    errors = []
+    for drifting in (False, True):
+        batches = HessianOfBatches(COLUMNS, "cpu")
+        for number, part in enumerate(torch.arange(len(inputs))[old].chunk(8)):
+            given = (found[part], wanted[part]) if drifting else ()
+            batches.add(number, inputs[part], originals[part], *given)
+        seen = total(batches.nodes(), HessianAccumulator.absorb)
+        outputs = inputs[new] @ followed(seen, config)[0].T + found[new]
+        target = originals[new] @ weight().T + wanted[new]
+        errors.append((outputs - target).square().mean().item())
+    assert errors[1] < 0.6 * errors[0]
+
+
+def test_massive_tokens_of_the_residual_are_limited_alone() -> None:
+    inputs = correlated_inputs(40, COLUMNS)
+    found, wanted = residuals(inputs)
+    lengths = wanted.norm(dim=1)
+    wanted[3] *= 100 * lengths.median() / lengths[3]
+    wanted[17] *= 9 * lengths.median() / lengths[17]
+    seen = HessianAccumulator(COLUMNS, "cpu", limited=True)
+    seen.add(inputs, inputs, residuals=(found, wanted))
+    factors = torch.ones(40, 1).double()
+    factors[3], factors[17] = 1 / 32, 1 / 4  # 100 / 32 <= 4 and 9 / 4 <= 4
+    expected = ((wanted - found) * factors).T @ inputs
+    torch.testing.assert_close(sum(seen.drifts), expected, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(seen.hessian, inputs.T @ inputs, rtol=1e-10, atol=1e-10)
+
+
+def test_massive_inputs_count_less_in_the_drift_too() -> None:
+    inputs = correlated_inputs(40, COLUMNS)
+    found, wanted = residuals(inputs)
+    inputs[5] *= 100 * inputs.norm(dim=1).median() / inputs[5].norm()
+    seen = HessianAccumulator(COLUMNS, "cpu", limited=True)
+    seen.add(inputs, inputs, residuals=(found, wanted))
+    factors = torch.ones(40, 1).double()
+    factors[5] = 1 / 32
+    expected = ((wanted - found) * factors).T @ (inputs * factors)
+    torch.testing.assert_close(sum(seen.drifts), expected, rtol=1e-10, atol=1e-10)
 
 
 def test_outputs_on_unseen_tokens_approach_the_original_ones() -> None:
@@ -184,6 +255,32 @@ def test_bfloat16_shift_errs_less_than_its_inputs_are_rounded() -> None:
 
 
 @simulated
+@pytest.mark.usefixtures("small_parts")
+@pytest.mark.parametrize(
+    ("dtype", "of_residual", "most"),
+    [
+        (torch.bfloat16, torch.bfloat16, 4e-3),
+        (torch.bfloat16, torch.float32, 2e-5),
+        (torch.float16, torch.float16, 2e-6),
+        (torch.float32, torch.float32, 2e-6),
+    ],
+)
+def test_drift_on_tensor_cores_is_nearly_exact(
+    dtype: torch.dtype, of_residual: torch.dtype, most: float
+) -> None:
+    inputs = (correlated_inputs(TOKENS, COLUMNS) / 10).to(dtype)
+    found, wanted = [part.to(of_residual) for part in residuals(inputs.double())]
+    exact = (wanted.double() - found.double()).T @ inputs.double()
+    with simulated_gpu():
+        on_device = [part.to("cuda:0") for part in (inputs, inputs, found, wanted)]
+        accumulator = HessianAccumulator(COLUMNS, "cuda:0")
+        accumulator.add(on_device[0], on_device[1], residuals=on_device[2:])
+        drift = sum(part.cpu().double() for part in accumulator.drifts)
+    assert drift.shape == (ROWS, COLUMNS)
+    assert (drift - exact).norm() < most * exact.norm()
+
+
+@simulated
 @pytest.mark.parametrize("order", ORDERS)
 def test_weight_on_tensor_cores_is_nearly_that_of_float64(
     order: str, monkeypatch: pytest.MonkeyPatch
@@ -219,12 +316,14 @@ def test_weight_of_bfloat16_inputs_errs_less_than_they_are_rounded() -> None:
     assert 0 < error < rounding / 4
 
 
-def in_batches(inputs: Tensor, originals: Tensor, n_batches: int) -> HessianAccumulator:
+def in_batches(
+    inputs: Tensor, originals: Tensor, n_batches: int, *others: Tensor
+) -> HessianAccumulator:
     """The sums over as many batches, half of which are one half of the text."""
     batches = HessianOfBatches(COLUMNS, "cpu")
-    parts = zip(inputs.chunk(n_batches), originals.chunk(n_batches), strict=True)
-    for number, (batch, before) in enumerate(parts):
-        batches.add(number, batch, before)
+    parts = zip(*(part.chunk(n_batches) for part in (inputs, originals, *others)), strict=True)
+    for number, tensors in enumerate(parts):
+        batches.add(number, *tensors)
     return total(batches.nodes(), HessianAccumulator.absorb)
 
 
@@ -233,11 +332,13 @@ def test_auto_strength_compares_two_halves_of_the_text(order: str) -> None:
     config = layer_config(order, group_size=16, asymmetric_calibration="auto")
     originals = correlated_inputs(TOKENS, COLUMNS)
     inputs = disturbed(originals)
-    change, strengths = followed(in_batches(inputs, originals, 6), config)
+    found, wanted = residuals(inputs, noise=2.0)
+    change, strengths = followed(in_batches(inputs, originals, 6, found, wanted), config)
     pulls = []
     for rows in (0, 1):
         mine = torch.arange(TOKENS) // 25 % 2 == rows
-        pulls.append(weight() @ (originals - inputs)[mine].T @ inputs[mine])
+        lacking = (originals - inputs) @ weight().T + wanted - found
+        pulls.append(lacking[mine].T @ inputs[mine])
     hessian = inputs.T @ inputs
     hessian += damping_of(hessian.diagonal(), config, TOKENS).diag()
     lengths = []
@@ -245,7 +346,8 @@ def test_auto_strength_compares_two_halves_of_the_text(order: str) -> None:
         lengths.append((pull @ torch.linalg.inv(hessian) * pull).sum(1))
     supported = 1 - lengths[1] / lengths[0]
     torch.testing.assert_close(strengths, supported / 2, rtol=1e-8, atol=1e-10)
-    full = follow(weight(), inputs, originals, replace(config, asymmetric_calibration=1.0))
+    whole = replace(config, asymmetric_calibration=1.0)
+    full = follow(weight(), inputs, originals, whole, drift=wanted - found)
     expected = weight() + strengths[:, None] * (full - weight())
     torch.testing.assert_close(change, expected, rtol=1e-8, atol=1e-11)
 
@@ -291,7 +393,10 @@ def test_auto_leaves_the_weight_if_the_halves_do_not_agree() -> None:
         assert not strengths.any()
 
 
-def test_there_is_no_shift_without_original_inputs() -> None:
+def test_there_is_no_shift_or_drift_without_originals() -> None:
     accumulator = HessianAccumulator(COLUMNS, "cpu")
     accumulator.add(correlated_inputs(10, COLUMNS))
-    assert accumulator.shifts == []
+    assert accumulator.shifts == accumulator.drifts == []
+    accumulator.add(correlated_inputs(10, COLUMNS), correlated_inputs(10, COLUMNS))
+    assert len(accumulator.shifts) == 2
+    assert accumulator.drifts == []

@@ -81,7 +81,7 @@ def test_windows_of_a_batch_belong_to_two_halves(windows: int, first: list[int])
     inputs = correlated_inputs(3 * windows * 20, 150).view(3, windows, 20, 150)
     batches = HessianOfBatches(150, "cpu")
     for number, batch in enumerate(inputs):
-        batches.add(number, batch, 3 * batch)
+        batches.add(number, batch, 3 * batch, batch[..., :30], 5 * batch[..., :30])
     found = total(batches.nodes(), HessianAccumulator.absorb)
     belongs = torch.zeros(3 * windows, dtype=torch.bool)
     belongs[first] = True
@@ -89,3 +89,6 @@ def test_windows_of_a_batch_belong_to_two_halves(windows: int, first: list[int])
     for shift, mine in zip(found.shifts, (apart[belongs], apart[~belongs]), strict=True):
         rows = mine.flatten(0, 1)
         torch.testing.assert_close(shift, 2 * rows.T @ rows, rtol=1e-12, atol=1e-9)
+    for drift, mine in zip(found.drifts, (apart[belongs], apart[~belongs]), strict=True):
+        rows = mine.flatten(0, 1)
+        torch.testing.assert_close(drift, 4 * rows[:, :30].T @ rows, rtol=1e-12, atol=1e-9)
