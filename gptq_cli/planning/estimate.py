@@ -416,8 +416,8 @@ def _solver_bytes(plan: RunPlan, bits: int, device: str) -> int:
     """Return the bytes of solving the layer that takes most.
 
     These are 2 float32 matrices [I, I], a Hessian and its factor, and 2 more with asymmetric
-    calibration, the shifts of two halves of the text, with their drifts [O, I]; 3 float32 matrices and 2 of codes [rows of a
-    part, I] while columns are rounded; the layer's weights and codes.
+    calibration, the shifts of two halves of the text, with their drifts [O, I]; 3 float32 matrices
+    and 2 of codes [rows of a part, I] while columns are rounded; the layer's weights and codes.
     """
     most = 0
     for layer in plan.quantized:

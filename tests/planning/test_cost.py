@@ -125,7 +125,7 @@ def test_a_drift_is_a_product_with_each_output_and_is_sent() -> None:
     slow = replace(ONE, shift=0.5, network=math.inf)
     shift = estimate_seconds([down], TEXT, 1, 0, slow).hessian
     assert shift == 9 / 16 * 100 * 12**2 + 2 * 100 * 12 * (12 + 64)
-    expert = replace(down, name="a.experts.1.down_proj")
+    expert = replace(down, name="model.layers.0.mlp.experts.1.down_proj")
     for other in (narrow, expert):
         of_other = estimate_seconds([other], TEXT, 1, 0, slow).hessian
         assert of_other < shift / 2
