@@ -276,7 +276,7 @@ def quantize_counted(
         run = Run(config, plan, stream, SINGLE_PROCESS, batches, Record(report), Limits(config))
         run.saved = FinishedBlocks(SINGLE_PROCESS, plan.n_steps, NoStore())
         with CheckpointWriter(output, plan.layout) as writer:
-            run.keep = partial(quantize_run._write_layer, writer, plan.packing)
+            run.keep = partial(quantize_run._write_layers, writer, plan.packing)
             quantize_all_blocks(run)
     return started_at[0]
 

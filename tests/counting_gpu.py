@@ -60,7 +60,7 @@ PARTS = {
     "solver.quantized_linear.check_decoded": "errors",
     "quantization.layers": "put back",
     "quantization.routed_experts": "hessian",
-    "quantization.run._write_layer": "pack",
+    "quantization.run._write_layers": "pack",
     "checkpoint.writer": "copy",
     "runtime.open_model": "copy",
 }

@@ -87,7 +87,7 @@ MOST: dict[tuple[str, str], dict[str, tuple[int, int]]] = {
         "factor": (162, 8),
         "forward": (186, 3),
         "hessian": (320, 0),
-        "pack": (800, 0),
+        "pack": (54, 0),
         "put back": (60, 0),
         "refine": (378, 0),
         "search": (156, 4),

@@ -96,9 +96,9 @@ class CompressedTensorsPacking(Packing):
         import torch
 
         tensors = {
-            "weight_packed": pack(linear.codes.T, linear.bits).T,
+            "weight_packed": pack(linear.codes.mT, linear.bits).mT,
             "weight_scale": linear.scales,
-            "weight_shape": torch.tensor(linear.codes.shape),
+            "weight_shape": torch.tensor(linear.codes.shape[-2:]),
         }
         if not sym:
             tensors["weight_zero_point"] = pack(linear.zeros, linear.bits)

@@ -181,7 +181,7 @@ def _index(names: list[str], files: list[list[TensorSpec]]) -> str:
     return json.dumps(content, indent=2, ensure_ascii=False) + "\n"
 
 
-Pack = Callable[[Any, int], Any]  # numbers [N, C] and bits to words [N * bits / 32, C]
+Pack = Callable[[Any, int], Any]  # numbers [..., N, C] and bits to words [..., N * bits / 32, C]
 
 
 class Arrays(NamedTuple):
@@ -290,14 +290,16 @@ class Packing:
     def encode(self, linear: QuantizedLinear, pack: Pack, *, sym: bool) -> dict[str, Any]:
         """Return the tensors of a linear by part; they need not be contiguous.
 
-        `sym` tells whether the settings of the linear say that it is symmetric.
+        `sym` tells whether the settings of the linear say that it is symmetric. Codes, scales and
+        zero points may have one more dimension in front, for several linears. Then each tensor has
+        it as well, except those that are equal for all.
         """
         del sym
         stored = linear.zeros - self.zero_offset
         return {
-            "qweight": pack(linear.codes.T, linear.bits),
-            "qzeros": pack(stored, linear.bits).T,
-            "scales": linear.scales.T,
+            "qweight": pack(linear.codes.mT, linear.bits),
+            "qzeros": pack(stored, linear.bits).mT,
+            "scales": linear.scales.mT,
             "g_idx": linear.group_of_column.int(),
         }
 

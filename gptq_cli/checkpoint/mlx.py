@@ -188,15 +188,15 @@ class MlxPacking(Packing):
         """Return the tensors of a linear by part."""
         import torch
 
-        in_features, groups = linear.codes.shape[1], linear.scales.shape[1]
+        in_features, groups = linear.codes.shape[-1], linear.scales.shape[-1]
         group_size = in_features // groups
         copies = group_size // columns_of(group_size, in_features)
         zeros = linear.zeros.float()
-        scales = linear.scales.repeat_interleave(copies, 1)
-        biases = -(linear.scales.float() * zeros).repeat_interleave(copies, 1)
+        scales = linear.scales.repeat_interleave(copies, -1)
+        biases = -(linear.scales.float() * zeros).repeat_interleave(copies, -1)
         if sym:
             biases = biases.to(scales.dtype)
-        words = pack(linear.codes.T, linear.bits).T.contiguous()
+        words = pack(linear.codes.mT, linear.bits).mT.contiguous()
         return {"weight": words.view(torch.uint32), "scales": scales, "biases": biases}
 
     def words(self, tensors: Mapping[str, Any], arrays: Arrays) -> Any:

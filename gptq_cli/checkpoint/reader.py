@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -56,6 +56,31 @@ def encode(linear: QuantizedLinear, packing: Packing, *, sym: bool) -> dict[str,
     return {part: tensor.contiguous() for part, tensor in tensors.items()}
 
 
+def encode_alike(
+    linears: Sequence[QuantizedLinear], packing: Packing, *, sym: bool
+) -> Iterator[dict[str, Tensor]]:
+    """Yield what `encode` returns for each of `linears`, which share shapes and groups.
+
+    On a device this takes hardly more launches than one linear.
+    """
+    if len(linears) == 1:  # which needs no copy
+        yield encode(linears[0], packing, sym=sym)
+        return
+    together = replace(
+        linears[0],
+        codes=torch.stack([linear.codes for linear in linears]),
+        scales=torch.stack([linear.scales for linear in linears]),
+        zeros=torch.stack([linear.zeros for linear in linears]),
+    )
+    tensors = encode(together, packing, sym=sym)
+    for number in range(len(linears)):
+        own = dict(tensors)
+        for part, tensor in tensors.items():
+            if tensor.dim() > packing.dimensions(part):
+                own[part] = tensor[number]
+        yield own
+
+
 def decode(tensors: dict[str, Tensor], bits: int, packing: Packing) -> QuantizedLinear:
     """Return the layer that `encode`, or another tool, has written."""
     scales: Tensor = packing.stored_scales(tensors)
@@ -70,18 +95,18 @@ def decode(tensors: dict[str, Tensor], bits: int, packing: Packing) -> Quantized
 
 
 def pack(values: Tensor, bits: int) -> Tensor:
-    """Return words int32 [N * bits / 32, C] that hold unsigned integers `values` [N, C].
+    """Return words int32 [..., N * bits / 32, C] that hold unsigned integers `values` [..., N, C].
 
     Values must be below 2**bits, and N must be a multiple of 32.
     """
-    fields, width = values.T.to(torch.uint8).contiguous(), bits
+    fields, width = values.mT.to(torch.uint8).contiguous(), bits
     # Neighbours are joined until a field has whole bytes: once for 4 bits, three times for 3.
     while width % BYTE:
-        pairs = fields.to(_holding(2 * width)).unflatten(1, (-1, 2))
+        pairs = fields.to(_holding(2 * width)).unflatten(-1, (-1, 2))
         fields, width = pairs[..., 0] | (pairs[..., 1] << width), 2 * width
-    stored = fields.contiguous().view(torch.uint8).unflatten(1, (fields.shape[1], -1))
-    stream = stored[..., : width // BYTE].flatten(1)  # a field of 3 bytes is held in 4
-    words: Tensor = stream.contiguous().view(torch.int32).T
+    stored = fields.contiguous().view(torch.uint8).unflatten(-1, (fields.shape[-1], -1))
+    stream = stored[..., : width // BYTE].flatten(-2)  # a field of 3 bytes is held in 4
+    words: Tensor = stream.contiguous().view(torch.int32).mT
     return words
 
 

@@ -96,7 +96,7 @@ def quantize_stages(together: Sequence[Stage], forwards: Forwards, solver: Layer
         layers = [run.layers[name] for name in stage.names]
         for solved in solver.solve([layers], Inputs.of(hessian), run.ranks):
             solver.put_back(solved, forwards.linears)
-            solver.finish(solved)
+            solver.finish([solved])
 
 
 def gather_inputs(

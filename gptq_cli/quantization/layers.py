@@ -192,16 +192,17 @@ class LayerSolver:
             for layer, weight in zip(alike, weights, strict=True):
                 _place(layer.layer, linears, weight)
 
-    def finish(self, solved: SolvedLayer) -> None:
-        """Keep the codes, report the layer and warn of what a user should know about it.
+    def finish(self, solved: Sequence[SolvedLayer]) -> None:
+        """Keep the codes, report the layers and warn of what a user should know about them.
 
         Raises GateError E_NUM_FALLBACKS if too many layers were rounded to nearest.
         """
-        self.run.keep(solved.layer, solved.quantized)
-        self._warn_of_inputs(solved)
-        self._warn_of_scales(solved)
-        self.run.report(LayerSolved(solved.report))
-        self.run.limits.check_fallbacks([solved.report])
+        self.run.keep([(layer.layer, layer.quantized) for layer in solved])
+        for layer in solved:
+            self._warn_of_inputs(layer)
+            self._warn_of_scales(layer)
+            self.run.report(LayerSolved(layer.report))
+            self.run.limits.check_fallbacks([layer.report])
 
     def _prepare(
         self, together: Sequence[Sequence[LayerPlan]], inputs: Inputs, config: LayerConfig

@@ -161,10 +161,10 @@ def quantize_experts(
         return experts.solve([planned[expert] for expert in group], linears)
 
     for solved_layers, is_mine in run.ranks.map_units(solve, costs):
-        for solved in solved_layers:
-            if not is_mine:
+        if not is_mine:
+            for solved in solved_layers:
                 solver.put_back(solved, linears)
-            solver.finish(solved)
+        solver.finish(solved_layers)
 
 
 @dataclass(frozen=True, slots=True)

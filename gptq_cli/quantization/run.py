@@ -8,7 +8,7 @@ form), the settings, and the model's other files.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -31,7 +31,7 @@ from gptq_cli.checkpoint.headers import TensorInfo
 from gptq_cli.checkpoint.layout import Packing
 from gptq_cli.checkpoint.locate import ModelSource, model_directory
 from gptq_cli.checkpoint.quantization_config import describe, dialect_of
-from gptq_cli.checkpoint.reader import PlainReader, encode, open_reader
+from gptq_cli.checkpoint.reader import PlainReader, encode_alike, open_reader
 from gptq_cli.checkpoint.source import Checkpoint
 from gptq_cli.checkpoint.verify import check_written, refuse_wrong_numbers
 from gptq_cli.checkpoint.writer import CheckpointWriter, write_side_files
@@ -534,7 +534,7 @@ def _writing_output(
             with BlockStore(work, identity, writer, record, plan.n_steps, times) as store:
                 run.limits.check_fallbacks(record.layers)  # those of resumed blocks
                 run.saved = FinishedBlocks(run.ranks, plan.n_steps, store)
-                run.keep = partial(_write_layer, writer, plan.packing)
+                run.keep = partial(_write_layers, writer, plan.packing)
                 if plan.source.download is not None:
                     plan.source.download.take = partial(copy_others, writer, plan)
                 yield
@@ -557,12 +557,26 @@ def _writing_output(
     work.publish(plan.source.directory, overwrite=options.overwrite)
 
 
-def _write_layer(
-    writer: CheckpointWriter, packing: Packing, layer: LayerPlan, linear: QuantizedLinear
+def _write_layers(
+    writer: CheckpointWriter, packing: Packing, solved: Sequence[tuple[LayerPlan, QuantizedLinear]]
 ) -> None:
-    assert layer.config is not None
-    for part, tensor in encode(linear, packing, sym=layer.config.sym).items():
-        writer.write(f"{layer.name}.{part}", tensor)
+    """Write solved layers that share their groups, if they have equal shapes and settings.
+
+    On CUDA equal layers are encoded together, in few launches.
+    """
+    by_kind: dict[Hashable, list[tuple[LayerPlan, QuantizedLinear]]] = {}
+    for layer, linear in solved:
+        kind: Hashable = layer.name
+        if linear.codes.is_cuda:
+            kind = (layer.out_features, layer.in_features, layer.config)
+        by_kind.setdefault(kind, []).append((layer, linear))
+    for alike in by_kind.values():
+        config = alike[0][0].config
+        assert config is not None
+        encoded = encode_alike([linear for _, linear in alike], packing, sym=config.sym)
+        for (layer, _), tensors in zip(alike, encoded, strict=True):
+            for part, tensor in tensors.items():
+                writer.write(f"{layer.name}.{part}", tensor)
 
 
 def copy_others(

@@ -44,12 +44,12 @@ BatchState = tuple[tuple[Tensor, ...], list[Any]]
 MOST_SHARE = 1 / 20  # of the time of a run
 BYTES_PER_SECOND = 1e9  # of hidden states that are hashed and written; assumed
 
-Keep = Callable[[LayerPlan, QuantizedLinear], None]
+Keep = Callable[[Sequence[tuple[LayerPlan, QuantizedLinear]]], None]
 
 
-def keep_nothing(layer: LayerPlan, linear: QuantizedLinear) -> None:
-    """Forget a solved layer, which another process writes."""
-    del layer, linear
+def keep_nothing(layers: Sequence[tuple[LayerPlan, QuantizedLinear]]) -> None:
+    """Forget solved layers, which another process writes."""
+    del layers
 
 
 @dataclass(slots=True)
@@ -57,7 +57,7 @@ class Run:
     """One run, as one of its processes sees it.
 
     `batches` holds the token ids [batch, seqlen] of all calibration batches; `ranks` gives this
-    process a share of them. `keep` receives each solved layer, `saved` each finished block.
+    process a share of them. `keep` receives the solved layers, `saved` each finished block.
     """
 
     config: QuantizeConfig

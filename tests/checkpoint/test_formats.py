@@ -6,6 +6,8 @@ Sources: `unpack_from_int32` of compressed-tensors 0.20.1, the affine mode of ml
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -13,7 +15,7 @@ import torch
 from gptq_cli.checkpoint.layout import Sizes
 from gptq_cli.checkpoint.mlx import describe
 from gptq_cli.checkpoint.quantization_config import Linears, Settings, packing_for
-from gptq_cli.checkpoint.reader import SAFETENSORS_DTYPE, decode, encode
+from gptq_cli.checkpoint.reader import SAFETENSORS_DTYPE, decode, encode, encode_alike
 from gptq_cli.config.layer import FORMATS, HOLDS
 from gptq_cli.solver.quantized_linear import QuantizedLinear
 
@@ -67,6 +69,27 @@ def slow_weight(format: str, tensors: dict[str, torch.Tensor], bits: int, sym: b
         zeros, scales = rows(tensors["qzeros"], bits).T + offset, tensors["scales"].T.double()
     columns = codes.shape[1] // scales.shape[1]
     return (codes - zeros.repeat(columns, 1)) * scales.numpy().repeat(columns, 1)
+
+
+@pytest.mark.parametrize("sym", [True, False])
+@pytest.mark.parametrize(("in_features", "groups"), [(IN, GROUPS), (256, 1)])
+@pytest.mark.parametrize(("format", "bits"), [case for case in CASES if case[1] in (3, 4)])
+def test_linears_that_are_encoded_together_have_the_tensors_of_each(
+    format: str, bits: int, in_features: int, groups: int, sym: bool
+) -> None:
+    first = linear(bits, sym=sym, in_features=in_features, groups=groups)
+    packing = packing_for(format, sym=sym)
+    others = [replace(first, codes=first.codes.flip(0)), replace(first, scales=-first.scales)]
+    linears = [first, *others]
+    together = list(encode_alike(linears, packing, sym=sym))
+    assert len(together) == len(linears)
+    for mine, found in zip(linears, together, strict=True):
+        expected = encode(mine, packing, sym=sym)
+        assert found.keys() == expected.keys()
+        for part, tensor in expected.items():
+            assert found[part].is_contiguous()
+            assert found[part].dtype == tensor.dtype
+            assert torch.equal(found[part], tensor), part
 
 
 @pytest.mark.parametrize("sym", [True, False])
