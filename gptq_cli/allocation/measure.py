@@ -29,7 +29,6 @@ from gptq_cli.allocation.harms import Measurement
 from gptq_cli.allocation.saved import MeasuredBlocks
 from gptq_cli.allocation.units import Unit
 from gptq_cli.calibration.windows import Windows
-from gptq_cli.evaluation.perplexity import Divergence
 from gptq_cli.events import BlockStarted, Report, ignore
 from gptq_cli.models.block_calls import Container, State
 from gptq_cli.models.paused_forwards import Hook, Stage, given, hooked
@@ -231,7 +230,7 @@ class Measuring:
         with self.stream.head() as logits:
             for window in range(len(self.probe)):
                 predict = partial(self._predict, logits, window)
-                wanted = predict(self.clean)
+                wanted = predict(self.clean).float().log_softmax(-1)
                 for number, copy in self.copies.items():
                     self._add_kl(self.units[number].name, wanted, predict(copy))
                 with _replaced(self.stream.output_linear, head):
@@ -263,10 +262,12 @@ class Measuring:
         self.found.kl[name] = self.found.kl.get(name, 0.0) + self._share(wanted, got)
 
     def _share(self, wanted: Tensor, got: Tensor) -> float:
-        """Return what one window adds to the mean KL of all predicted tokens."""
-        divergence = Divergence()
-        divergence.add(wanted, got)
-        return sum(divergence.sums) / self._n_predicted
+        """Return what one window adds to the mean KL of all predicted tokens.
+
+        `wanted` are log-probabilities, which serve all copies, and `got` logits.
+        """
+        log_p, log_q = wanted[:-1], got[:-1].float().log_softmax(-1)
+        return float((log_p.exp() * (log_p - log_q)).sum()) / self._n_predicted
 
     def _merge(self) -> None:
         """Take over what the other processes have measured."""
