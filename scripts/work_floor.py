@@ -8,7 +8,8 @@ over memory that another order of the work could spare is in it. The parts are t
 
 forward   products of bfloat16 with each weight and of causal attention; weights and states once
 hessian   the half of x xᵀ on and above the diagonal, for each input of linears; inputs once
-shift     (x₀ - x) xᵀ in bfloat16, if the layers follow the unquantized model
+shift     (x₀ - x) xᵀ in bfloat16, if the layers follow the unquantized model, and the same with
+          r₀ - r for those that write into the hidden states
 factor    I³ / 3 operations in the precision of float32
 follow    the products and triangular solutions of the corrected weight, in that of float32
 search    each candidate for the scale once on each weight
@@ -62,6 +63,8 @@ class BlockWork:
             if copies > 1:
                 tokens *= shape.experts_per_token / copies
             self._add_input(in_features, tokens, copies)
+            if copies == 1 and outs == [shape.hidden]:
+                self._add_drift(in_features, tokens)
             self._add_weights(in_features, copies * sum(outs), tokens)
 
     def _add(self, part: str, **work: float) -> None:
@@ -86,6 +89,14 @@ class BlockWork:
         if self.config.follows_original:
             shift = 2 * copies * tokens * n**2
             self._add("shift", bfloat16=shift, bytes=2 * inputs + matrix)
+
+    def _add_drift(self, n: int, tokens: float) -> None:
+        """Add the drift of the hidden states to which a linear with `n` inputs adds its outputs."""
+        if self.config.follows_original:
+            hidden = self.shape.hidden
+            states = WEIGHT * tokens * hidden
+            drift = FLOAT * hidden * n
+            self._add("shift", bfloat16=2 * tokens * n * hidden, bytes=2 * states + drift)
 
     def _add_weights(self, n: int, rows: int, tokens: float) -> None:
         """Add what linears with `n` inputs and `rows` outputs together take for their weights."""

@@ -128,8 +128,8 @@ class HessianAccumulator:
         `residuals` are two tensors [..., O], to which the outputs of the same tokens are added in
         this model and in the unquantized model. They are only taken together with `original`.
         """
-        others = [] if original is None else [original]
-        tokens, *others = self._rows(inputs, [*others, *self._short(residuals)])
+        others = [] if original is None else [original, *residuals]
+        tokens, *others = self._rows(inputs, others)
         if tokens.dtype == torch.float64 != self._dtype:
             self._dtype, self._whole = torch.float64, None
             self._panels = [panel.double() for panel in self._panels]
@@ -149,23 +149,20 @@ class HessianAccumulator:
         self.peaks.append(self._peak())
 
     def _rows(self, inputs: Tensor, others: Sequence[Tensor]) -> list[Tensor]:
-        """Return all as rows [n, ...], scaled down by the inputs if tokens are limited."""
-        tokens = inputs.reshape(-1, self._size)
-        same = [other.reshape(len(tokens), other.shape[-1]) for other in others]
-        if self._limited and len(tokens):
-            return _limited(tokens, same)
-        return [tokens, *same]
+        """Return all as rows [n, ...], scaled down if tokens are limited.
 
-    def _short(self, residuals: Sequence[Tensor]) -> Sequence[Tensor]:
-        """Return residuals as rows [n, O], scaled down by the original ones if tokens are limited.
-
-        A token may be massive in the hidden states, but not in the inputs.
+        `others` are the original inputs and two residuals, as far as there are any. A token may be
+        massive in the hidden states, but not in the inputs: it counts less in the drift then.
         """
-        if not residuals or not self._limited or not residuals[0].numel():
-            return residuals
-        found, wanted = [residual.reshape(-1, residual.shape[-1]) for residual in residuals]
-        wanted, found = _limited(wanted, [found])
-        return [found, wanted]
+        tokens = inputs.reshape(-1, self._size)
+        rows = [tokens, *(other.reshape(len(tokens), other.shape[-1]) for other in others)]
+        if not self._limited or not len(tokens):
+            return rows
+        limits = _limits(tokens)
+        limited = _scaled(rows[:2], limits)
+        if len(rows) > 2:
+            limited += _scaled(rows[2:], limits * _limits(rows[3]))
+        return limited
 
     @property
     def in_features(self) -> int:
@@ -338,17 +335,21 @@ def _difference(tokens: Tensor, wanted: Tensor, found: Tensor) -> tuple[Tensor, 
     return torch.cat(difference), torch.cat([tokens, tokens])
 
 
-def _limited(tokens: Tensor, others: Sequence[Tensor]) -> list[Tensor]:
-    """Return tokens [n, I], then `others` [n, ...] of them; too long tokens are scaled down.
+def _limits(tokens: Tensor) -> Tensor:
+    """Return factors [n, 1] that make tokens [n, ...] `LONGEST` times the median one at most.
 
-    A token may be `LONGEST` times as long as the median token. Factors are powers of 2, so that
-    scaled numbers of 16 bits are exact. Tokens without a finite length stay as they are.
+    Factors are powers of 2, so that scaled numbers of 16 bits are exact. Those of tokens without a
+    finite length are 1.
     """
     lengths = _lengths(tokens)
-    factors = _shortening(lengths, lengths.median()).to(tokens.dtype).unsqueeze(1)
-    if tokens.is_cpu and bool((factors == 1).all()):
-        return [tokens, *others]  # without a copy
-    return [tokens * factors, *(other * factors for other in others)]
+    return _shortening(lengths, lengths.median()).to(tokens.dtype).unsqueeze(1)
+
+
+def _scaled(tensors: Sequence[Tensor], factors: Tensor) -> list[Tensor]:
+    """Return the tensors [n, ...] multiplied with factors [n, 1]."""
+    if factors.is_cpu and bool((factors == 1).all()):
+        return [*tensors]  # without a copy
+    return [tensor * factors for tensor in tensors]
 
 
 def limit_parts_(tokens: Tensor, original: Tensor | None, counts: Tensor) -> None:

@@ -124,7 +124,9 @@ def test_parts_are_limited_as_if_each_came_alone(dtype: torch.dtype) -> None:
         parts, tokens.split(counts.tolist()), originals.split(counts.tolist()), strict=True
     ):
         if len(part):
-            expected, expected_original = hessian_module._limited(part, [part.flip(1)])
+            expected, expected_original = hessian_module._scaled(
+                [part, part.flip(1)], hessian_module._limits(part)
+            )
             assert torch.equal(mine, expected)
             assert torch.equal(original, expected_original)
 
