@@ -73,7 +73,7 @@ MOST: dict[tuple[str, str], dict[str, tuple[int, int]]] = {
         "factor": (160, 8),
         "follow": (466, 0),
         "forward": (152, 0),
-        "hessian": (208, 0),
+        "hessian": (216, 0),
         "pack": (56, 0),
         "put back": (77, 7),
         "refine": (528, 0),
