@@ -93,6 +93,15 @@ def biased(experts: nn.Module) -> bool:
     return hasattr(experts, "gate_up_proj_bias")
 
 
+def drift_of(
+    stage: list[str], wanted: tuple[Tensor, ...], found: tuple[Tensor, ...]
+) -> Tensor | float:
+    """Return what the inputs of a block lack, if the linears of `stage` add their outputs to it."""
+    if stage != ["o_proj"]:
+        return 0.0
+    return (wanted[0].double() - found[0].double()).flatten(0, 1)
+
+
 def slow_codes(
     model: Path, family: str, windows: Tensor, settings: QuantizeConfig
 ) -> dict[str, Tensor]:
@@ -103,10 +112,12 @@ def slow_codes(
     codes = {}
     pattern, parts = (NAMES | STACKED)[family]
 
-    def solve(name: str, weight: Tensor, tokens: Tensor, originals: Tensor) -> None:
+    def solve(
+        name: str, weight: Tensor, tokens: Tensor, originals: Tensor, drift: Tensor | float = 0.0
+    ) -> None:
         tokens, originals, moved = tokens.double(), originals.double(), weight.clone()
         if settings.asymmetric_calibration:
-            moved = follow(moved.double(), tokens, originals, settings.base)
+            moved = follow(moved.double(), tokens, originals, settings.base, drift=drift)
         found = gptq(moved, tokens.T @ tokens, settings.base, len(tokens))
         group = torch.tensor(found.g_idx)
         codes[name] = found.codes
@@ -117,8 +128,10 @@ def slow_codes(
             paths = [f"model.layers.{block}.self_attn.{leaf}" for leaf in stage]
             tokens = seen_by(whole, paths[0], windows)[0].flatten(0, 1)
             originals = seen_by(untouched, paths[0], windows)[0].flatten(0, 1)
+            norm = f"model.layers.{block}.input_layernorm"
+            drift = drift_of(stage, *[seen_by(each, norm, windows) for each in (untouched, whole)])
             for path in paths:
-                solve(path, whole.get_submodule(path).weight.data, tokens, originals)
+                solve(path, whole.get_submodule(path).weight.data, tokens, originals, drift)
         path = f"model.layers.{block}.mlp.experts"
         experts = whole.get_submodule(path)
         hidden, chosen, _ = seen_by(whole, path, windows)
