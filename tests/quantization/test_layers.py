@@ -104,9 +104,11 @@ def test_an_error_names_the_first_bad_row(order: str) -> None:
     assert caught.value.row == 23
 
 
+@pytest.mark.parametrize("strength", [0.0, 0.5])
 def test_a_run_equals_solving_each_layer_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    strength: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    settings = {"asymmetric_calibration": strength}
     model, usual = save_model(tmp_path / "model"), solve_together
     rows: list[list[int]] = []
 
@@ -115,11 +117,11 @@ def test_a_run_equals_solving_each_layer_alone(
         return usual(weights, *arguments)  # type: ignore[arg-type]
 
     monkeypatch.setattr("gptq_cli.quantization.layers.solve_together", note)
-    output, result = quantize(tmp_path, model)
+    output, result = quantize(tmp_path, model, **settings)
     assert rows == [[128, 64, 64], [64], [128, 128], [64]] * 3
     monkeypatch.setitem(ROWS_OF_A_PART, "cpu", (48, 48))
     rows.clear()
-    alone, expected = quantize(tmp_path, model)
+    alone, expected = quantize(tmp_path, model, **settings)
     attention, output_or_down = [[48], [48], [32, 16], [48], [48], [16]], [[48], [16]]
     gate_and_up = [[48], [48], [32, 16], [48], [48], [16]]
     assert rows == [*attention, *output_or_down, *gate_and_up, *output_or_down] * 3
