@@ -71,7 +71,7 @@ MOST: dict[tuple[str, str], dict[str, tuple[int, int]]] = {
         "copy": (37, 0),
         "errors": (662, 8),
         "factor": (160, 8),
-        "follow": (466, 0),
+        "follow": (372, 0),
         "forward": (152, 0),
         "hessian": (216, 0),
         "pack": (56, 0),

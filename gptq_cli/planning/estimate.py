@@ -258,7 +258,7 @@ def solving_bytes(plan: RunPlan, config: QuantizeConfig, device: str, devices: i
     """
     bits, streams = _forward_bits(plan, config), _streams(plan)
     n_sums = _batches_each(config, devices).bit_length()
-    sums = int(n_sums * _most_summed(plan) * FLOAT)
+    sums = int(n_sums * _most_summed(plan, config, device) * FLOAT)
     solver = _solver_bytes(plan, bits, device)
     tokens, bytes_each = TOKENS_PER_CHUNK, FLOAT
     if device == "cuda":
@@ -294,13 +294,24 @@ def _sums(streams: int) -> float:
     return HESSIAN_SHARE + 2 * (streams - 1)
 
 
-def _most_summed(plan: RunPlan) -> float:
-    """Return the most numbers that a batch adds to the sums of one layer."""
-    of_layers = [0.0]
+def _most_summed(plan: RunPlan, config: QuantizeConfig, device: str) -> float:
+    """Return the most numbers that a batch adds to the sums of one stage.
+
+    The shifts of a layer with inputs of its own may have a row for each of its rows alone.
+    """
+    stages: Counter[tuple[str, int]] = Counter()
+    for layer in plan.layers:
+        stages[layer.name.rpartition(".")[0], layer.in_features] += 1
+    of_rows = device == "cuda" and forward_dtype(plan.source, config.dtype) == "bfloat16"
+    most = 0.0
     for layer in plan.quantized:
-        numbers = _sums(_streams(plan)) * layer.in_features**2
-        of_layers.append(numbers + _drift_numbers(plan, layer))
-    return max(of_layers)
+        n = shift_rows = layer.in_features
+        is_alone = stages[layer.name.rpartition(".")[0], n] == 1
+        if of_rows and is_alone and has_shorter_shifts(layer):
+            shift_rows = layer.out_features
+        shifts = 2 * (_streams(plan) - 1) * shift_rows * n
+        most = max(most, HESSIAN_SHARE * n**2 + shifts + _drift_numbers(plan, layer))
+    return most
 
 
 def _drift_numbers(plan: RunPlan, layer: LayerPlan) -> int:
@@ -404,6 +415,17 @@ def _largest_block(plan: RunPlan) -> int:
     for layer in plan.layers:
         sizes[layer.block] += layer.n_weights
     return max(sizes.values())
+
+
+def has_shorter_shifts(layer: LayerPlan) -> bool:
+    """Return whether W C [O, I] takes fewer products than C [I, I] for a layer without company.
+
+    W (x₀ - x) is a product as large as the layer's own, and its product with x is another one. The
+    inputs of experts are not summed in this way.
+    """
+    if layer.transposed or expert_part(layer.name):
+        return False
+    return 2 * layer.out_features < layer.in_features
 
 
 def rows_of_a_part(device: str, in_features: int) -> int:

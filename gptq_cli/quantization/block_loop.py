@@ -34,7 +34,7 @@ from gptq_cli.models.paused_forwards import (
 )
 from gptq_cli.models.stream import LoadedBlock, token_ids
 from gptq_cli.planning.run_plan import HEAD
-from gptq_cli.quantization.layers import Inputs, LayerSolver
+from gptq_cli.quantization.layers import Inputs, LayerSolver, weight_for_shifts
 from gptq_cli.quantization.routed_experts import RoutedInputs, quantize_experts
 from gptq_cli.quantization.run_state import Run
 from gptq_cli.runtime.memory import (
@@ -142,8 +142,10 @@ def nothing_seen(stage: Stage, forwards: Forwards, run: Run) -> HessianOfBatches
             experts.append(module)
     if experts:
         return RoutedInputs(name, experts, limited)
-    in_features = run.layers[name].in_features
-    return HessianOfBatches(in_features, run.stream.device, limited=limited)
+    in_features, weight = run.layers[name].in_features, None
+    if len(forwards.passages) > 1 and len(stage.names) == 1:
+        weight = weight_for_shifts(run.layers[name], forwards.passages[1].linears[name])
+    return HessianOfBatches(in_features, run.stream.device, limited=limited, weight=weight)
 
 
 # ------------------------------------------------------------ forwards through a block

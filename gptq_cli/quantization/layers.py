@@ -20,7 +20,7 @@ from gptq_cli.config.layer import LayerConfig, keeping
 from gptq_cli.errors import GateError, InputError
 from gptq_cli.events import Fallback, LayerReport, LayerSolved, LayerStarted, Warned
 from gptq_cli.models.skeleton import place
-from gptq_cli.planning.estimate import rows_of_a_part
+from gptq_cli.planning.estimate import has_shorter_shifts, rows_of_a_part
 from gptq_cli.planning.run_plan import LayerPlan
 from gptq_cli.quantization.run_state import Run
 from gptq_cli.runtime.memory import give_back_freed_tensors
@@ -40,7 +40,8 @@ from gptq_cli.solver.solve import Solution, solve_together
 LOST_SHARE = 0.01  # warn of every layer with more of its scales at the smallest number
 SUBNORMAL_SHARE = 0.5  # warn once of a layer with at least this share of subnormal scales
 
-# Of each expert those of both halves of the text, [I, I]; none without asymmetric calibration
+# Of each expert those of both halves of the text, [I, I], or [O, I] of the rows of the only layer;
+# none without asymmetric calibration
 Shifts = Sequence[Sequence[Tensor]]
 
 
@@ -71,13 +72,20 @@ class Inputs:
     drifts: Sequence[Tensor]  # of the only layer [O, I], if its output is added to a residual
     tokens: Sequence[int]  # that each expert saw
     first_not_finite: Callable[[int], tuple[int, int] | None]
+    shifts_of_rows: bool = False
 
     @classmethod
     def of(cls, seen: HessianAccumulator) -> Inputs:
         """Return the inputs of one layer, on the memory of their sums."""
         shifts = [seen.shifts] if seen.shifts else []
-        tokens, drifts = [seen.tokens], seen.drifts
-        return cls(seen.hessian[None], shifts, drifts, tokens, lambda _: seen.first_not_finite())
+        return cls(
+            seen.hessian[None],
+            shifts,
+            seen.drifts,
+            [seen.tokens],
+            lambda _: seen.first_not_finite(),
+            seen.shifts_of_rows,
+        )
 
     @classmethod
     def of_experts(
@@ -113,6 +121,7 @@ class UsableHessians:
     drifts: Sequence[Tensor]
     factor: HessianFactor
     fallbacks: Sequence[Fallback | None]
+    shifts_of_rows: bool
 
 
 class LayerSolver:
@@ -270,7 +279,9 @@ class LayerSolver:
                 for expert in error.experts:
                     fallbacks[expert], tokens[expert] = _reason(error), 0
             else:
-                return UsableHessians(hessians, shifts, drifts, factor, fallbacks)
+                return UsableHessians(
+                    hessians, shifts, drifts, factor, fallbacks, inputs.shifts_of_rows
+                )
 
     def _weights(
         self, part: Sequence[Rows], usable: UsableHessians, config: LayerConfig
@@ -288,8 +299,11 @@ class LayerSolver:
             expert = number // per_expert
             shifts, factor = usable.shifts[expert], usable.factor.of(expert)
             rows, strength = part[number], config.asymmetric_calibration
-            drifts = [drift[rows.start : rows.stop] for drift in usable.drifts]
-            followed = follow_original(weight, shifts, factor, strength, drifts)
+            mine, of_rows = slice(rows.start, rows.stop), usable.shifts_of_rows
+            if of_rows:
+                shifts = [shift[mine] for shift in shifts]
+            drifts = [drift[mine] for drift in usable.drifts]
+            followed = follow_original(weight, shifts, factor, strength, drifts, of_rows=of_rows)
             weights[number], strengths[number] = followed
         return weights, strengths
 
@@ -362,6 +376,17 @@ class LayerSolver:
         if first == last:
             return f", first in window {first}"
         return f", first in one of the windows {first} to {last}"
+
+
+def weight_for_shifts(layer: LayerPlan, linear: nn.Module) -> Tensor | None:
+    """Return the weight [O, I] of a layer with inputs of its own, if shifts of its rows cost less.
+
+    None on the CPU, and if the forward is not in bfloat16, in which differences are exact enough.
+    """
+    weight = linear.get_parameter("weight")
+    if weight.is_cuda and weight.dtype == torch.bfloat16 and has_shorter_shifts(layer):
+        return weight
+    return None
 
 
 def _place(layer: LayerPlan, linears: Mapping[str, nn.Module], weight: Tensor) -> None:

@@ -53,12 +53,14 @@ from torch import Tensor
 
 from gptq_cli.config.layer import LayerConfig, Strength
 from gptq_cli.solver.numerics import (
+    Parts,
     above,
     add_product_,
     exact_product,
     full_precision,
     multiply,
     multiply_split,
+    parts_of,
     permuted,
     row_chunks,
     split,
@@ -419,28 +421,60 @@ def follow_original(
     prepared: HessianFactor,
     strength: Strength,
     drifts: Sequence[Tensor] = (),
+    *,
+    of_rows: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Return W* [O, I], which makes up for the changed inputs of a layer, and its strengths [O].
 
-    `weight` is W [O, I], `shifts` are C₁ and C₂ [I, I], `drifts` are E₁ and E₂ [O, I] or none, and
-    `strength` is α (see the module). If it is "auto", each row gets the strength that both halves
-    of the text support. W* has the dtype of the factors.
+    `weight` is W [O, I], `shifts` are C₁ and C₂ [I, I], or W C₁ and W C₂ [O, I] if they are
+    `of_rows`, `drifts` are E₁ and E₂ [O, I] or none, and `strength` is α (see the module). If it is
+    "auto", each row gets the strength that both halves of the text support. W* has the dtype of
+    the factors.
     Source: QEP (Arai and Ichikawa 2025, arXiv 2504.09629); James and Stein (1961).
     """
     R, D, order = prepared.R, prepared.D, prepared.order.permutation
-    weight = weight.to(R.dtype)
-    halves = [multiply(weight, shift.to(R.dtype)) for shift in shifts]
-    for half, drift in zip(halves, drifts, strict=False):
-        half.add_(drift)
-    first, second = [half[:, order] for half in halves]
-    # Solve X R D Rᵀ = W C + E from the right: first with Rᵀ, then with R.
-    pull = _solve_unit(first + second, R.T, upper=False)
-    if strength == "auto":
-        strengths = _supported(pull, _solve_unit(first.sub_(second), R.T, upper=False), D)
+    triangle = _Triangle.of(R)
+    if of_rows:
+        pulls = _sum_and_contrast(shifts, drifts)
     else:
-        strengths = torch.full_like(weight[:, 0], strength)
-    change = _solve_unit(pull.div_(D), R, upper=True)
-    return weight + strengths[:, None] * change[:, order.argsort()], strengths
+        pulls = _pulls(weight, shifts, drifts, R.dtype)
+    # Solve X R D Rᵀ = W C + E from the right: first with Rᵀ, then with R.
+    pull = triangle.solve(pulls[0][:, order], transposed=True)
+    if strength == "auto":
+        noise = triangle.solve(pulls[1][:, order], transposed=True, exact=False)
+        strengths = _supported(pull, noise, D)
+    else:
+        strengths = torch.full_like(pull[:, 0], strength)
+    change = triangle.solve(pull.div_(D))[:, order.argsort()]
+    return weight.to(R.dtype) + strengths[:, None] * change, strengths
+
+
+def _pulls(
+    weight: Tensor, shifts: Sequence[Tensor], drifts: Sequence[Tensor], dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Return W C₁ + E₁ + W C₂ + E₂, and how much the second half takes from the first, [O, I].
+
+    On tensor cores the factors of this contrast are rounded to bfloat16, because it only decides
+    the strength.
+    """
+    if not splits(shifts[0]):
+        weight = weight.to(dtype)
+        return _sum_and_contrast([weight @ shift.to(dtype) for shift in shifts], drifts)
+    both, contrast = _sum_and_contrast(shifts, ())
+    both = multiply(weight, both)
+    contrast = exact_product(weight.bfloat16(), contrast.bfloat16())
+    if drifts:
+        drift, of_drifts = _sum_and_contrast(drifts, ())
+        both, contrast = both.add_(drift), contrast.add_(of_drifts)
+    return both, contrast
+
+
+def _sum_and_contrast(halves: Sequence[Tensor], others: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Return the sum and the difference of two halves, after `others` were added if there are."""
+    first, second = halves
+    if others:
+        first, second = first + others[0], second + others[1]
+    return first + second, first - second
 
 
 def _supported(pull: Tensor, noise: Tensor, D: Tensor) -> Tensor:
@@ -451,33 +485,61 @@ def _supported(pull: Tensor, noise: Tensor, D: Tensor) -> Tensor:
     return USED_SHARE * best
 
 
-def _solve_unit(matrix: Tensor, triangle: Tensor, *, upper: bool) -> Tensor:
-    """Return the X [O, I] with X T = `matrix` for a triangle T [I, I] with a diagonal of ones.
+@dataclass(frozen=True, slots=True)
+class _Triangle:
+    """An upper triangle R [I, I] with a diagonal of ones."""
 
-    On tensor cores X is solved by panels of columns. Each panel receives the panels before it, or
-    those after it if T is lower, in one product.
-    """
-    if not splits(matrix):
-        return _solve_directly(matrix, triangle, upper=upper)
-    solved = torch.empty_like(matrix)
-    high = torch.empty_like(solved, dtype=torch.bfloat16)
-    low = torch.empty_like(high)
-    starts = list(range(0, len(triangle), SOLVED_COLUMNS))
-    if not upper:
-        starts.reverse()
-    for start in starts:
-        stop = min(start + SOLVED_COLUMNS, len(triangle))
-        own, known = slice(start, stop), slice(0, start)
-        if not upper:
-            known = slice(stop, None)
-        rest = matrix[:, own]
-        if start != starts[0]:
-            rest = rest - multiply_split(
-                (high[:, known], low[:, known]), split(triangle[known, own])
-            )
-        solved[:, own] = _solve_directly(rest, triangle[own, own], upper=upper)
-        high[:, own], low[:, own] = split(solved[:, own])
-    return solved
+    R: Tensor
+    parts: Parts  # on tensor cores; elsewhere none
+
+    @classmethod
+    def of(cls, R: Tensor) -> _Triangle:
+        """Return the triangle, with its parts if products of them run on tensor cores."""
+        if splits(R):
+            return cls(R, split(R))
+        return cls(R, ())
+
+    def solve(self, matrix: Tensor, *, transposed: bool = False, exact: bool = True) -> Tensor:
+        """Return the X [O, I] with X R = `matrix`, or with X Rᵀ = `matrix` if it is `transposed`.
+
+        On tensor cores each panel of columns receives the panels before it in one product; if R is
+        transposed, those after it. If X need not be `exact`, the factors are rounded to bfloat16.
+        """
+        triangle, parts = self.R, self.parts[: 1 + exact]
+        if transposed:
+            triangle, parts = triangle.T, [part.T for part in parts]
+        if not parts:
+            return _solve_directly(matrix, triangle, upper=not transposed)
+        solved = torch.empty_like(matrix)
+        done = [torch.empty_like(matrix, dtype=torch.bfloat16) for _ in parts]
+        for own, known in _panels(len(triangle), backwards=transposed):
+            rest = matrix[:, own]
+            if known.start < known.stop:
+                before, factors = (
+                    [part[:, known] for part in done],
+                    [part[known, own] for part in parts],
+                )
+                rest = rest - multiply_split(before, factors)
+            found = _solve_directly(rest, triangle[own, own], upper=not transposed)
+            solved[:, own] = found
+            if not exact:
+                found = found.bfloat16()
+            for part, of_found in zip(done, parts_of(found), strict=True):
+                part[:, own] = of_found
+        return solved
+
+
+def _panels(size: int, *, backwards: bool) -> list[tuple[slice, slice]]:
+    """Return each panel of columns, in the order of solution, and those that are solved before."""
+    panels = []
+    for start in range(0, size, SOLVED_COLUMNS):
+        own, known = slice(start, min(start + SOLVED_COLUMNS, size)), slice(0, start)
+        if backwards:
+            known = slice(own.stop, size)
+        panels.append((own, known))
+    if backwards:
+        panels.reverse()
+    return panels
 
 
 def _solve_directly(matrix: Tensor, triangle: Tensor, *, upper: bool) -> Tensor:

@@ -5,7 +5,9 @@ mean. H is symmetric: only the blocks on and above the diagonal are computed and
 half of the work and memory. They are mirrored when H is read. If the inputs x₀ of the unquantized
 model are given too, the shift C = Σ (x₀ - x) xᵀ is summed as well, for each half of the windows:
 `factor` compares the two. If the output of the layer is added to a residual r, which is r₀ in the
-unquantized model, and both are given, the drift E = Σ (r₀ - r) xᵀ is summed like the shift.
+unquantized model, and both are given, the drift E = Σ (r₀ - r) xᵀ is summed like the shift. If the
+weight W [O, I] of the only layer with these inputs is given, W C is summed in place of C, as
+Σ W (x₀ - x) xᵀ: fewer products and numbers if O is much smaller than I.
 
 Some models have massive activations: the first token of a window, or a few others, has thousands of
 times the energy of the median token (Sun et al. 2024, arXiv 2402.17762). Such tokens would be
@@ -92,13 +94,19 @@ class HessianAccumulator:
     """The sum of x xᵀ over the inputs of one or more linear layers that see the same tensor.
 
     The sum is float32, or float64 after float64 inputs were added. `tokens` counts the rows added
-    so far; if they are `limited`, long ones were scaled down.
+    so far; if they are `limited`, long ones were scaled down. Shifts are those of the rows of
+    `weight` [O, I] if it is given.
     """
 
     def __init__(
-        self, in_features: int, device: torch.device | str, *, limited: bool = False
+        self,
+        in_features: int,
+        device: torch.device | str,
+        *,
+        limited: bool = False,
+        weight: Tensor | None = None,
     ) -> None:
-        self.tokens, self._limited = 0, limited
+        self.tokens, self._limited, self._weight = 0, limited, weight
         self._shifts: list[Tensor | None] = [None, None]
         self._drifts: list[Tensor | None] = [None, None]
         self._size, self._device, self._dtype = in_features, torch.device(device), torch.float32
@@ -177,8 +185,16 @@ class HessianAccumulator:
             mine += theirs
 
     @property
+    def shifts_of_rows(self) -> bool:
+        """Whether the shifts are those of the rows of a weight, W C [O, I]."""
+        return self._weight is not None
+
+    @property
     def shifts(self) -> list[Tensor]:
-        """Σ (x₀ - x) xᵀ [I, I] over each half of the text; none if no original x₀ was added."""
+        """C = Σ (x₀ - x) xᵀ [I, I] over each half of the text, or W C [O, I] of a given weight.
+
+        There are none if no original x₀ was added.
+        """
         return _both(self._shifts)
 
     @property
@@ -287,24 +303,34 @@ class HessianAccumulator:
             if exact:
                 self._add_exact_shift(sums, half, chunk, before, after)
                 continue
+            difference = before.to(self._dtype) - after.to(self._dtype)
+            if sums is self._shifts:
+                difference = self._of_rows(difference)
             shift = sums[half]
             if shift is None:
-                shift = chunk.new_zeros(wanted.shape[1], self._size, dtype=self._dtype)
+                shift = difference.new_zeros(difference.shape[1], self._size)
                 sums[half] = shift
-            difference = before.to(shift.dtype) - after.to(shift.dtype)
-            shift.addmm_(difference.T, chunk.to(shift.dtype))
+            shift.addmm_(difference.T, chunk.to(self._dtype))
 
     def _add_exact_shift(
         self, sums: list[Tensor | None], half: int, tokens: Tensor, wanted: Tensor, found: Tensor
     ) -> None:
         """Add (wanted - found) xᵀ on tensor cores, with the difference in 16 bits."""
         difference, tokens = _difference(tokens, wanted, found)
+        if sums is self._shifts:
+            difference = self._of_rows(difference)
         shift = sums[half]
         if shift is None:
             sums[half] = _product(difference.T, tokens)
             return
         for start, stop in self._bounds:  # which bounds the memory of the product
-            shift[:, start:stop] += _product(difference.T, tokens[:, start:stop])
+            shift[:, start:stop].add_(_product(difference.T, tokens[:, start:stop]))
+
+    def _of_rows(self, difference: Tensor) -> Tensor:
+        """Return x₀ - x [n, I], or of each of its tokens W (x₀ - x) [n, O], in the same dtype."""
+        if self._weight is None:
+            return difference
+        return difference @ self._weight.to(difference.dtype).T
 
 
 def _both(halves: list[Tensor | None]) -> list[Tensor]:
@@ -425,9 +451,14 @@ class HessianOfBatches:
     """
 
     def __init__(
-        self, in_features: int, device: torch.device | str, *, limited: bool = False
+        self,
+        in_features: int,
+        device: torch.device | str,
+        *,
+        limited: bool = False,
+        weight: Tensor | None = None,
     ) -> None:
-        self._new = partial(HessianAccumulator, in_features, device, limited=limited)
+        self._new = partial(HessianAccumulator, in_features, device, limited=limited, weight=weight)
         self._batch = -1
         self._open: HessianAccumulator | None = None
         self._nodes: list[Node[HessianAccumulator]] = []

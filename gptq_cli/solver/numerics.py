@@ -7,7 +7,7 @@ are exact there, and sums are float32.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
 from importlib.util import find_spec
@@ -23,7 +23,7 @@ ELEMENTS_PER_CHUNK = {"cpu": 2**20, "cuda": 2**24}
 # The first compute capability that multiplies bfloat16; what earlier ones make of it is not known.
 TENSOR_CORES_FROM = (8, 0)
 
-Split = tuple[Tensor, Tensor]  # high and low part of a matrix
+Parts = Sequence[Tensor]  # high and low part of a matrix, or the high one alone
 
 
 @cache
@@ -50,7 +50,7 @@ def splits(tensor: Tensor) -> bool:
     return tensor.dtype == torch.float32 and on_tensor_cores(tensor)
 
 
-def split(matrix: Tensor, dtype: torch.dtype = torch.bfloat16) -> Split:
+def split(matrix: Tensor, dtype: torch.dtype = torch.bfloat16) -> tuple[Tensor, Tensor]:
     """Return two matrices of a 16-bit `dtype` whose sum is the float32 `matrix`, or nearly so."""
     within = matrix
     if dtype == torch.float16:  # whose largest number is small: the sum reaches twice as far
@@ -58,6 +58,13 @@ def split(matrix: Tensor, dtype: torch.dtype = torch.bfloat16) -> Split:
         within = matrix.clamp(-largest, largest)
     high = within.to(dtype)
     return high, (matrix - high).to(dtype)
+
+
+def parts_of(matrix: Tensor) -> Parts:
+    """Return the parts of a matrix for products on tensor cores; one of bfloat16 is its own."""
+    if matrix.dtype == torch.bfloat16:
+        return (matrix,)
+    return split(matrix.float())
 
 
 def above(numbers: Tensor) -> Tensor:
@@ -68,15 +75,16 @@ def above(numbers: Tensor) -> Tensor:
     return numbers / torch.frexp(numbers).mantissa
 
 
-def multiply_split(left: Split, right: Split) -> Tensor:
-    """Return the float32 product of matrices [..., m, k] that `split` returned, on tensor cores.
+def multiply_split(left: Parts, right: Parts) -> Tensor:
+    """Return the float32 product of matrices [..., m, k] in parts, on tensor cores.
 
     The product of the two low parts is left out: it is below the rounding of the others.
     """
-    (high, low), (other_high, other_low) = left, right
-    product = exact_product(high, other_high)
-    product += exact_product(high, other_low)
-    product += exact_product(low, other_high)
+    product = exact_product(left[0], right[0])
+    for low in right[1:]:
+        product += exact_product(left[0], low)
+    for low in left[1:]:
+        product += exact_product(low, right[0])
     return product
 
 
@@ -90,9 +98,12 @@ def exact_product(left: Tensor, right: Tensor) -> Tensor:
 
 
 def multiply(left: Tensor, right: Tensor) -> Tensor:
-    """Return left @ right in the precision of float32, or of float64 if both are float64."""
-    if splits(left):
-        return multiply_split(split(left), split(right))
+    """Return left @ right in the precision of float32, or of float64 if both are float64.
+
+    On tensor cores one of them may be bfloat16.
+    """
+    if splits(left) or splits(right):
+        return multiply_split(parts_of(left), parts_of(right))
     return left @ right
 
 

@@ -6,7 +6,7 @@ Kernels are absent, because code that is compiled for a GPU cannot be simulated.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,8 +22,10 @@ from gptq_cli.checkpoint.source import open_checkpoint
 from gptq_cli.errors import PausedError
 from gptq_cli.evaluation.perplexity import evaluate_perplexity
 from gptq_cli.evaluation.request import EvalRequest
-from gptq_cli.events import BlockFinished, Event, PhaseStarted, Warned
+from gptq_cli.events import BlockFinished, Event, LayerReport, PhaseStarted, Warned
 from gptq_cli.models import experts
+from gptq_cli.quantization import layers
+from gptq_cli.quantization.layers import Inputs
 from gptq_cli.quantization.run import quantize_checkpoint
 from gptq_cli.runtime import memory, open_model
 from gptq_cli.runtime.memory import Memory
@@ -34,6 +36,7 @@ from gptq_cli.runtime.open_model import (
     resolve_device,
 )
 from gptq_cli.solver import numerics
+from gptq_cli.solver.hessian import HessianAccumulator
 from tests.families import save_model, text_file
 from tests.runs import config, digest
 from tests.simulated_gpu import SimulatedGpu, simulated_gpu
@@ -123,6 +126,38 @@ def test_solving_waits_rarely_and_reads_no_weight_twice(gpu: SimulatedGpu, tmp_p
     assert waits(gpu, "models.stream.linear_weight") == 0
     assert waits(gpu, "checkpoint") == 4 * BLOCKS * LINEARS
     assert waits(gpu, "planning", "quantization", "runtime") == 0, gpu.waits
+
+
+@pytest.mark.usefixtures("gpu")
+def test_shifts_of_rows_give_nearly_the_same_strengths(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = save_model(
+        tmp_path / "model", num_hidden_layers=BLOCKS, intermediate_size=192, dtype=torch.bfloat16
+    )
+    settings = config(device="cuda", preset="best", **SETTINGS)
+    of_rows: set[bool] = set()
+    of = Inputs.of
+
+    def note(seen: HessianAccumulator) -> Inputs:
+        of_rows.add(seen.shifts_of_rows)
+        return of(seen)
+
+    monkeypatch.setattr(Inputs, "of", note)
+    found = strengths(quantize_checkpoint(str(model), tmp_path / "rows", settings).layers)
+    assert of_rows == {False, True}
+    of_rows.clear()
+    monkeypatch.setattr(layers, "has_shorter_shifts", lambda *_: False)
+    expected = strengths(quantize_checkpoint(str(model), tmp_path / "inputs", settings).layers)
+    assert of_rows == {False}
+    assert max(expected) > 0.1
+    assert found == pytest.approx(expected, abs=0.02)
+
+
+def strengths(reports: Sequence[LayerReport]) -> list[float]:
+    """The strengths of the layers with inputs of their own."""
+    found = [report for report in reports if report.name.endswith("down_proj")]
+    return [report.asymmetric_calibration or 0.0 for report in found]
 
 
 @pytest.mark.parametrize(

@@ -316,6 +316,84 @@ def test_weight_of_bfloat16_inputs_errs_less_than_they_are_rounded() -> None:
     assert 0 < error < rounding / 4
 
 
+def followed_on_device(
+    inputs: Tensor, originals: Tensor, config: LayerConfig, weights: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Return W* and the strengths from bfloat16 inputs and from shifts of `weights`, if given."""
+    if weights is not None:
+        weights = weights.to("cuda:0")
+    seen = HessianAccumulator(COLUMNS, "cuda:0", weight=weights)
+    for number in range(6):
+        mine = slice(number * len(inputs) // 6, (number + 1) * len(inputs) // 6)
+        seen.add(inputs[mine].to("cuda:0"), originals[mine].to("cuda:0"), number % 2)
+    factor = prepare(seen.hessian, config, seen.tokens)
+    found, strengths = follow_original(
+        weight().bfloat16().to("cuda:0"),
+        seen.shifts,
+        factor,
+        config.asymmetric_calibration,
+        of_rows=seen.shifts_of_rows,
+    )
+    return found.cpu().double(), strengths.cpu().double()
+
+
+@simulated
+def test_shifts_of_rows_err_less_than_inputs_are_rounded() -> None:
+    config = layer_config("group aware", group_size=16, asymmetric_calibration=1.0)
+    originals = correlated_inputs(10 * TOKENS, COLUMNS)
+    inputs = disturbed(originals)
+    rounded, before = inputs.bfloat16(), originals.bfloat16()
+    W = weight().bfloat16()
+    of_rounded = follow(W.double(), rounded.double(), before.double(), config)
+    rounding = (of_rounded - follow(W.double(), inputs, originals, config)).norm()
+    with simulated_gpu():
+        found, _ = followed_on_device(rounded, before, config, W)
+    assert 0 < (found - of_rounded).norm() < rounding / 2
+
+
+@simulated
+@pytest.mark.parametrize("of_rows", [False, True])
+@pytest.mark.parametrize("loudness", [1.0, 1000.0])
+def test_auto_strengths_on_tensor_cores_are_those_of_float64(
+    loudness: float, of_rows: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(factor_module, "SOLVED_COLUMNS", 20)
+    config = layer_config("group aware", group_size=16, asymmetric_calibration="auto")
+    config = replace(config, damp_mode="diagonal", damp_percent=0.05)
+    originals = correlated_inputs(2 * TOKENS, COLUMNS)
+    inputs = disturbed(originals) + 3 * disturbed(torch.zeros_like(originals), seed=9)
+    for tokens in (inputs, originals):
+        tokens[:, ::10] *= loudness
+    rounded, before = inputs.bfloat16(), originals.bfloat16()
+    W = weight().bfloat16()
+    seen = HessianAccumulator(COLUMNS, "cpu")
+    for number, some in enumerate(torch.arange(len(inputs)).chunk(6)):
+        seen.add(rounded[some].double(), before[some].double(), number % 2)
+    factor = prepare(seen.hessian, config, seen.tokens)
+    _, expected = follow_original(W.double(), seen.shifts, factor, "auto")
+    with simulated_gpu():
+        weights = None
+        if of_rows:
+            weights = W
+        _, found = followed_on_device(rounded, before, config, weights)
+    assert (expected < 0.48).any()  # half of 1 without noise
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_shifts_of_rows_are_the_shifts_times_the_weight(dtype: torch.dtype) -> None:
+    originals = correlated_inputs(TOKENS, COLUMNS).to(dtype)
+    inputs = disturbed(originals.double()).to(dtype)
+    plain = HessianAccumulator(COLUMNS, "cpu")
+    of_rows = HessianAccumulator(COLUMNS, "cpu", weight=weight())
+    for some in torch.arange(TOKENS).chunk(3):
+        plain.add(inputs[some], originals[some])
+        of_rows.add(inputs[some], originals[some])
+    for shift, of_weight in zip(plain.shifts, of_rows.shifts, strict=True):
+        assert of_weight.shape == (ROWS, COLUMNS)
+        torch.testing.assert_close(of_weight.double(), weight() @ shift.double(), rtol=1e-4, atol=1)
+
+
 def in_batches(
     inputs: Tensor, originals: Tensor, n_batches: int, *others: Tensor
 ) -> HessianAccumulator:
