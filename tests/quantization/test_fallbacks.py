@@ -14,6 +14,7 @@ from torch import Tensor
 
 from gptq_cli.checkpoint.reader import TensorReader
 from gptq_cli.checkpoint.source import open_checkpoint
+from gptq_cli.config.layer import FaultPolicy, LayerConfig
 from gptq_cli.errors import GateError
 from gptq_cli.events import Event, LayerReport, Resumed, Warned, ignore
 from gptq_cli.planning.plan import plan_run
@@ -239,3 +240,14 @@ def test_a_layer_solved_twice_counts_as_one_fallback() -> None:
         GateError, match=r"3 layers had to be rounded to nearest, the last `layer 2`, .* allows 2"
     ):
         limits.check_fallbacks([solved[2]])
+
+
+def test_a_layer_without_a_hessian_forgets_what_it_would_follow() -> None:
+    solver = LayerSolver.__new__(LayerSolver)
+    solver.policy = FaultPolicy(on_numeric_fault="rtn")
+    known = torch.ones(2, 8, 8)
+    unusable = Inputs(known[:1] * float("nan"), [list(known)], list(known), [100], lambda _: None)
+    usable = solver._usable(unusable, LayerConfig(group_size=8, asymmetric_calibration=1.0))
+    assert usable.fallbacks == ["inputs"]
+    assert not any(shift.any() for shift in usable.shifts[0])
+    assert usable.drifts == []
