@@ -43,6 +43,7 @@ PARTS = {
     "quantization.block_loop._watched": "forward",
     "solver.hessian": "hessian",
     "solver.hessian._add_shift": "shift",
+    "solver.hessian._add_rows": "shift",
     "solver.hessian._add_exact_shift": "shift",
     "solver.hessian._difference": "shift",
     "solver.factor": "factor",

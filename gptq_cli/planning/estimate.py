@@ -305,12 +305,12 @@ def _most_summed(plan: RunPlan, config: QuantizeConfig, device: str) -> float:
     of_rows = device == "cuda" and forward_dtype(plan.source, config.dtype) == "bfloat16"
     most = 0.0
     for layer in plan.quantized:
-        n = shift_rows = layer.in_features
+        n = layer.in_features
+        shifts = 2 * (_streams(plan) - 1) * n**2 + _drift_numbers(plan, layer)
         is_alone = stages[layer.name.rpartition(".")[0], n] == 1
-        if of_rows and is_alone and has_shorter_shifts(layer):
-            shift_rows = layer.out_features
-        shifts = 2 * (_streams(plan) - 1) * shift_rows * n
-        most = max(most, HESSIAN_SHARE * n**2 + shifts + _drift_numbers(plan, layer))
+        if of_rows and is_alone and has_shorter_shifts(layer):  # which include a drift
+            shifts = 2 * (_streams(plan) - 1) * layer.out_features * n
+        most = max(most, HESSIAN_SHARE * n**2 + shifts)
     return most
 
 

@@ -7,7 +7,7 @@ model are given too, the shift C = Σ (x₀ - x) xᵀ is summed as well, for eac
 `factor` compares the two. If the output of the layer is added to a residual r, which is r₀ in the
 unquantized model, and both are given, the drift E = Σ (r₀ - r) xᵀ is summed like the shift. If the
 weight W [O, I] of the only layer with these inputs is given, W C is summed in place of C, as
-Σ W (x₀ - x) xᵀ: fewer products and numbers if O is much smaller than I.
+Σ W (x₀ - x) xᵀ: fewer products and numbers if O is much smaller than I. The drift is added to it.
 
 Some models have massive activations: the first token of a window, or a few others, has thousands of
 times the energy of the median token (Sun et al. 2024, arXiv 2402.17762). Such tokens would be
@@ -150,8 +150,11 @@ class HessianAccumulator:
         if others:
             n_items = (len(inputs) + 1 - half) // 2
             cut = n_items * len(tokens) // max(1, len(inputs))
-            self._add_halves(self._shifts, tokens, others[0], tokens, cut)
-            if residuals:
+            if self._weight is not None:
+                self._add_rows(self._weight, [tokens, *others], cut)
+            else:
+                self._add_halves(self._shifts, tokens, others[0], tokens, cut)
+            if residuals and self._weight is None:
                 self._add_halves(self._drifts, tokens, others[2], others[1], cut)
         self.tokens += tokens.shape[0]
         self.peaks.append(self._peak())
@@ -303,22 +306,23 @@ class HessianAccumulator:
             if exact:
                 self._add_exact_shift(sums, half, chunk, before, after)
                 continue
-            difference = before.to(self._dtype) - after.to(self._dtype)
-            if sums is self._shifts:
-                difference = self._of_rows(difference)
             shift = sums[half]
             if shift is None:
-                shift = difference.new_zeros(difference.shape[1], self._size)
+                shift = chunk.new_zeros(wanted.shape[1], self._size, dtype=self._dtype)
                 sums[half] = shift
-            shift.addmm_(difference.T, chunk.to(self._dtype))
+            difference = before.to(shift.dtype) - after.to(shift.dtype)
+            shift.addmm_(difference.T, chunk.to(shift.dtype))
 
     def _add_exact_shift(
         self, sums: list[Tensor | None], half: int, tokens: Tensor, wanted: Tensor, found: Tensor
     ) -> None:
         """Add (wanted - found) xᵀ on tensor cores, with the difference in 16 bits."""
         difference, tokens = _difference(tokens, wanted, found)
-        if sums is self._shifts:
-            difference = self._of_rows(difference)
+        self._add_product(sums, half, difference, tokens)
+
+    def _add_product(
+        self, sums: list[Tensor | None], half: int, difference: Tensor, tokens: Tensor
+    ) -> None:
         shift = sums[half]
         if shift is None:
             sums[half] = _product(difference.T, tokens)
@@ -326,11 +330,27 @@ class HessianAccumulator:
         for start, stop in self._bounds:  # which bounds the memory of the product
             shift[:, start:stop].add_(_product(difference.T, tokens[:, start:stop]))
 
-    def _of_rows(self, difference: Tensor) -> Tensor:
-        """Return x₀ - x [n, I], or of each of its tokens W (x₀ - x) [n, O], in the same dtype."""
-        if self._weight is None:
-            return difference
-        return difference @ self._weight.to(difference.dtype).T
+    def _add_rows(self, weight: Tensor, tokens: Sequence[Tensor], cut: int) -> None:
+        """Add (W (x₀ - x) + r₀ - r) xᵀ, of tokens before `cut` to the first half.
+
+        `tokens` are x and x₀, and r and r₀ if the outputs are added to a residual.
+        """
+        n_tokens = TOKENS_OF_A_SHIFT
+        if not _exact_on_tensor_cores(tokens[0]):
+            n_tokens, tokens = TOKENS_PER_CHUNK["cpu"], [part.to(self._dtype) for part in tokens]
+        for half, rows in enumerate((slice(0, cut), slice(cut, None))):
+            for chunk in zip(*(part[rows].split(n_tokens) for part in tokens), strict=True):
+                if len(chunk[0]) or not len(tokens[0]):
+                    self._add_product(self._shifts, half, _of_rows(weight, *chunk), chunk[0])
+
+
+def _of_rows(weight: Tensor, tokens: Tensor, original: Tensor, *residuals: Tensor) -> Tensor:
+    """Return W (x₀ - x) [n, O], and r₀ - r added if there are residuals, in the dtype of x."""
+    weight, difference = weight.to(tokens.dtype).T, original - tokens
+    if not residuals:
+        return difference @ weight
+    found, wanted = residuals
+    return torch.addmm((wanted - found).to(tokens.dtype), difference, weight)
 
 
 def _both(halves: list[Tensor | None]) -> list[Tensor]:

@@ -120,14 +120,14 @@ def test_shifts_of_rows_take_less_of_an_accelerator(tmp_path: Path) -> None:
     model = save_model(tmp_path / "model", dtype=torch.bfloat16, intermediate_size=192)
     solver = {}
     for dtype in ("bfloat16", "float16"):
-        settings = config(preset="best", nsamples=64, batch_size=1, seqlen=64, dtype=dtype)
+        settings = config(preset="best", nsamples=1024, batch_size=1, seqlen=64, dtype=dtype)
         estimate = estimate_memory(plan_run(model, settings), settings)
         for part in ("cpu", "accelerator"):
             terms = {term.what: term.nbytes for term in getattr(estimate, part)}
             solver[dtype, part] = terms["solver"]
     assert solver["bfloat16", "cpu"] == solver["float16", "cpu"]
     saved = solver["float16", "accelerator"] - solver["bfloat16", "accelerator"]
-    assert saved == 7 * 2 * (192 - 64) * 192 * 4
+    assert saved > 11 * 2 * (192 - 64) * 192 * 4  # of shifts alone; the drifts are left out, too
 
 
 def test_the_memory_estimate_is_the_sum_of_documented_terms(tmp_path: Path) -> None:

@@ -394,6 +394,20 @@ def test_shifts_of_rows_are_the_shifts_times_the_weight(dtype: torch.dtype) -> N
         torch.testing.assert_close(of_weight.double(), weight() @ shift.double(), rtol=1e-4, atol=1)
 
 
+def test_shifts_of_rows_hold_the_drift() -> None:
+    originals = correlated_inputs(TOKENS, COLUMNS)
+    inputs = disturbed(originals)
+    found, wanted = inputs[:, :ROWS].flip(0), 2 * originals[:, :ROWS]
+    plain = HessianAccumulator(COLUMNS, "cpu", limited=True)
+    of_rows = HessianAccumulator(COLUMNS, "cpu", limited=True, weight=weight())
+    for seen in (plain, of_rows):
+        for some in torch.arange(TOKENS).chunk(3):
+            seen.add(inputs[some], originals[some], 0, [found[some], wanted[some]])
+    assert of_rows.drifts == []
+    for shift, drift, of_weight in zip(plain.shifts, plain.drifts, of_rows.shifts, strict=True):
+        torch.testing.assert_close(of_weight, weight() @ shift + drift)
+
+
 def in_batches(
     inputs: Tensor, originals: Tensor, n_batches: int, *others: Tensor
 ) -> HessianAccumulator:
