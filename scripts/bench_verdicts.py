@@ -2,7 +2,8 @@
 """Measure what a KL means: quantized outputs beside their original on a text and on two tasks.
 
     python scripts/bench_verdicts.py ORIGINAL OUTPUT ... --text FILE [--windows 12] [--seqlen 512]
-        [--questions 200] [--seed 0] [--dtype auto] [--json FILE] [--png FILE]
+        [--last-words 200] [--continuations 100] [--seed 0] [--dtype auto] [--json FILE]
+        [--png FILE]
 
 Each model runs once on the first windows of the text and on the questions of two tasks, which are
 made of the text, so nothing is downloaded:
@@ -10,7 +11,7 @@ made of the text, so nothing is downloaded:
 * last words: the last word of a sentence, predicted greedily from the 48 words before it. It must
   be right as a whole. It has 4 letters or more and occurs in these 48 words.
 * continuations: the next 32 tokens, about 24 words, after the end of a sentence, against those of
-  three other places of the text, from the 16 tokens before. The likeliest counts; chance is 25 %.
+  three other places of the text, from the 48 tokens before. The likeliest counts; chance is 25 %.
 
 Prints a table in Markdown: KL in nats a token, top-1 agreement, perplexity relative to that of the
 original, and the accuracy of each task with its 95 % interval (Wilson), and relative to that of the
@@ -89,8 +90,12 @@ def read(arguments: argparse.Namespace) -> Measured:
     text = arguments.text.read_text(encoding="utf-8")
     encoder = load_encoder(arguments.original, trust_remote_code=False)
     tasks = []
-    for name, make in (("last words", last_words), ("continuations", continuations)):
-        questions = make(text, encoder, arguments.questions, arguments.seed)
+    makers = {
+        "last words": (last_words, arguments.last_words),
+        "continuations": (continuations, arguments.continuations),
+    }
+    for name, (make, most) in makers.items():
+        questions = make(text, encoder, most, arguments.seed)
         if len(questions) < 4:
             raise SystemExit(f"{arguments.text} is too short for the task `{name}`")
         tasks.append(Task(name, questions, batches_of(questions)))
@@ -206,7 +211,8 @@ def conditions(arguments: argparse.Namespace) -> dict[str, Any]:
         "text": name_of(arguments.text),
         "windows": arguments.windows,
         "seqlen": arguments.seqlen,
-        "questions": arguments.questions,
+        "last_words": arguments.last_words,
+        "continuations": arguments.continuations,
         "seed": arguments.seed,
         "dtype": arguments.dtype,
         "python": platform.python_version(),
@@ -223,7 +229,8 @@ def main() -> None:
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--windows", type=int, default=12)
     parser.add_argument("--seqlen", type=int, default=512)
-    parser.add_argument("--questions", type=int, default=200, help="the most of each task")
+    parser.add_argument("--last-words", type=int, default=200, help="the most questions of it")
+    parser.add_argument("--continuations", type=int, default=100, help="the most questions of it")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dtype", default="auto", help="of the forwards; default: the model's own")
     parser.add_argument("--png", type=Path, help="write the chart to this file")

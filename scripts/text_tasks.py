@@ -19,7 +19,7 @@ from torch import Tensor
 
 WORDS_BEFORE = 48  # a last word
 LEAST_LETTERS = 4  # of a last word: shorter ones are guessed from grammar alone
-CONTEXT_TOKENS = 16  # before a continuation
+CONTEXT_TOKENS = 48  # before a continuation; 16 are too few to tell it
 ENDING_TOKENS = 32  # of a continuation: about 24 words
 WORDS_APART = 64  # so that no continuation overlaps with another one
 CHOICES = 4
@@ -72,7 +72,7 @@ def last_words(text: str, encode: Encode, number: int, seed: int) -> list[Questi
 
 
 def continuations(text: str, encode: Encode, number: int, seed: int) -> list[Question]:
-    """Return questions for the 32 tokens after the end of a sentence, from the 16 tokens before.
+    """Return questions for the 32 tokens after the end of a sentence, from the 48 tokens before.
 
     The three wrong answers are those of three other questions.
     """

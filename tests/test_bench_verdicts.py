@@ -178,7 +178,7 @@ def test_outputs_stand_beside_the_original(
     text.write_text(TEXT)
     figures, picture = tmp_path / "verdicts.json", tmp_path / "verdicts.png"
     line = ["bench_verdicts.py", str(model), str(output), str(model), "--text", str(text)]
-    line += ["--windows", "3", "--seqlen", "64", "--questions", "24"]
+    line += ["--windows", "3", "--seqlen", "64", "--last-words", "24", "--continuations", "12"]
     monkeypatch.setattr("sys.argv", [*line, "--json", str(figures), "--png", str(picture)])
     script("bench_verdicts").main()
     content = json.loads(figures.read_text())
