@@ -70,6 +70,7 @@ class Solution:
 
     `rtn_error` was measured on `rtn_rows` rows, and is an estimate if these are not all. Of the
     scales, `subnormal` are subnormal numbers of float16, and `smallest` its smallest number.
+    `loss_ratio` is that of `two_sided.solve_in_row_blocks`, None without gradients.
     """
 
     quantized: QuantizedLinear
@@ -79,6 +80,7 @@ class Solution:
     rtn_rows: int
     subnormal: int
     smallest: int
+    loss_ratio: float | None = None
 
     @property
     def relative_error(self) -> float:
@@ -169,6 +171,28 @@ def solve_together(
     rows = weights[0]
     if len(weights) > 1:
         rows = torch.cat(list(weights))
+    quantized = quantize_rows(rows, hessian, factor, config, column_block=column_block)
+    parts, start = [], 0
+    for weight in weights:
+        parts.append(quantized.rows(slice(start, start + len(weight))))
+        start += len(weight)
+    if n_experts > 1:
+        return _measured_by_expert(parts, rows, hessian, quantized, config)
+    return measured(parts, weights, rows, hessian.view(hessian.shape[-2:]), config)
+
+
+def quantize_rows(
+    rows: Tensor,
+    hessian: Tensor,
+    factor: HessianFactor,
+    config: LayerConfig,
+    *,
+    column_block: int = COLUMN_BLOCK,
+) -> QuantizedLinear:
+    """Return what `solve` returns for the weight `rows` [O, I], without its errors.
+
+    The caller sets the precision of products. Raises ScaleRangeError.
+    """
     rounding = _Rounding.of(rows, factor, config)
     for start, stop in rounding.blocks(column_block):
         rounding.codes[start:stop] = _round_block(rounding.block(start, stop), rounding.grid)
@@ -177,13 +201,7 @@ def solve_together(
         sweeps, signed = config.refine_sweeps, config.signed_scales
         quantized = refine(rows, hessian, factor, quantized, sweeps=sweeps, signed=signed)
     check_decoded(quantized)
-    parts, start = [], 0
-    for weight in weights:
-        parts.append(quantized.rows(slice(start, start + len(weight))))
-        start += len(weight)
-    if n_experts > 1:
-        return _measured_by_expert(parts, rows, hessian, quantized, config)
-    return _measured(parts, weights, rows, hessian.view(hessian.shape[-2:]), config)
+    return quantized
 
 
 def _one_by_one(
@@ -208,7 +226,7 @@ def _one_by_one(
     return solutions
 
 
-def _measured(
+def measured(
     parts: Sequence[QuantizedLinear],
     weights: Sequence[Tensor],
     rows: Tensor,
