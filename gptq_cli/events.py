@@ -17,9 +17,10 @@ if TYPE_CHECKING:
 class PhaseStarted:
     """A part of the command began.
 
-    `name` is "source", "calibration", "embeddings", "head", "copy", "verify" or "manifest" in
-    `quantize`, and "dataset" or "evaluation" in `evaluate_perplexity`. In both, "device" names the
-    device, and "text" tells how chats became text. `detail` is a few words about it.
+    `name` is "source", "calibration", "gradients", "embeddings", "head", "copy", "verify" or
+    "manifest" in `quantize`, and "dataset" or "evaluation" in `evaluate_perplexity`. In both,
+    "device" names the device, and "text" tells how chats became text. `detail` is a few words about
+    it.
     """
 
     name: str
@@ -61,7 +62,8 @@ class LayerReport:
     divided by their number of weights. `fallback` is the reason if the layer was rounded to
     nearest: its inputs were not finite ("inputs"), its Hessian could not be factored ("hessian"),
     or it saw no tokens ("tokens"). Its errors are then those of the weights, with the identity as
-    H.
+    H. `loss_ratio` tells what loss-aware rounding gains: tr(G E H E') as a share of what it would
+    be without it; None if the layer was rounded without gradients.
     """
 
     name: str
@@ -78,6 +80,7 @@ class LayerReport:
     fallback: Fallback | None = None
     rtn_rows: int | None = None
     asymmetric_calibration: float | None = None
+    loss_ratio: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,6 +141,14 @@ class BlockFinished:
 
 
 @dataclass(frozen=True, slots=True)
+class BlocksDone:
+    """The present phase has passed `done` of `total` blocks, which it does not quantize."""
+
+    done: int
+    total: int
+
+
+@dataclass(frozen=True, slots=True)
 class Warned:
     """A warning: something that the user should know, but that did not stop the run."""
 
@@ -188,6 +199,7 @@ class EngineSaid:
 Event = (
     PhaseStarted
     | BytesDone
+    | BlocksDone
     | RunPlanned
     | BlockStarted
     | LayerStarted

@@ -63,7 +63,12 @@ REVISION = 4  # counted up if the same model gets another measurement
 LEAST_TOKENS = 8192  # of calibration, if the run has as many
 SHARE = 4  # the measurement takes a quarter of the windows, but not fewer tokens than these
 # Rounding for the measurement: quick, but with the order and the signs of the run itself
-QUICK: dict[str, Any] = {"scale_search": "none", "refine_sweeps": 0, "asymmetric_calibration": 0.0}
+QUICK: dict[str, Any] = {
+    "scale_search": "none",
+    "refine_sweeps": 0,
+    "asymmetric_calibration": 0.0,
+    "loss_aware": False,
+}
 
 
 @dataclass(frozen=True, slots=True)

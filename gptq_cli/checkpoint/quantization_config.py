@@ -61,6 +61,7 @@ UNKNOWN_TO_READERS = {
     "scale_search",
     "refine_sweeps",
     "asymmetric_calibration",
+    "loss_aware",
     "damp_mode",
 }
 # Keys that make a reader of config.json fail, or look for a file that does not exist.

@@ -18,6 +18,7 @@ from gptq_cli.cli.console import Console, log, on_one_line, unread_line, visible
 from gptq_cli.errors import clock, counted, size, without_secrets
 from gptq_cli.events import (
     BlockFinished,
+    BlocksDone,
     BlockStarted,
     EngineSaid,
     Event,
@@ -47,20 +48,23 @@ WITH_BARS = ("upload",)  # phases in which the client of the Hub draws bars of i
 
 
 class _Step:
-    """A phase, and how many of its bytes are done, in words; "" if they are not counted."""
+    """A phase, and how many of its bytes or blocks are done; "" in words if none are counted."""
 
     def __init__(self, name: str, began: float) -> None:
         self.name, self.began, self.spoke = name, began, began
         self.tenths = 0
         self.state = ""
-        self.bytes = BytesDone(0, 1)
+        self.count: BytesDone | BlocksDone = BytesDone(0, 1)
 
-    def advance(self, event: BytesDone, now: float) -> bool:
-        """Note the bytes; return whether a log gets a line: a tenth is done, the last is old."""
+    def advance(self, event: BytesDone | BlocksDone, now: float) -> bool:
+        """Note the count; return whether a log gets a line: a tenth is done, the last is old."""
         left = (now - self.began) * (event.total - event.done) / event.done
         percent = 100 * event.done // event.total
-        self.bytes = event
-        self.state = f"{percent} % of {size(event.total)}, {clock(left)} left"
+        self.count = event
+        whole = size(event.total)
+        if isinstance(event, BlocksDone):
+            whole = counted(event.total, "block")
+        self.state = f"{percent} % of {whole}, {clock(left)} left"
         tenths = TENTHS * event.done // event.total
         if tenths == self.tenths or now - self.spoke < APART:
             return False
@@ -144,7 +148,7 @@ class Progress:
                 return event.name in LASTING
             case BlockFinished():  # of an evaluation it has no errors
                 return bool(self._solved)
-            case BytesDone():
+            case BytesDone() | BlocksDone():
                 return False
         return True
 
@@ -194,7 +198,7 @@ class Progress:
                 return _planned(event)
             case PhaseStarted():
                 return self._layer
-            case BytesDone() if self._step.advance(event, self._now()):
+            case BytesDone() | BlocksDone() if self._step.advance(event, self._now()):
                 return f"{self._step.name}: {self._step.state}"
             case BlockFinished():
                 return self._finished_line(event)
@@ -220,7 +224,7 @@ class Progress:
         """Return the live view: three short lines about progress, current layer and memory."""
         layer = on_one_line(self._layer)
         if self._step.state:
-            done, total = self._step.bytes.done, self._step.bytes.total
+            done, total = self._step.count.done, self._step.count.total
             return self._bar(self._step.name, done, total, self._step.state) + f"\n{layer}"
         if self._block is None:
             return layer
@@ -281,6 +285,8 @@ def _detail(report: LayerReport) -> str:
     error = f"error {_errors([report])}"
     if report.asymmetric_calibration is not None:
         settings += f" follows {report.asymmetric_calibration:.2f}"
+    if report.loss_ratio is not None:
+        settings += f" loss x{report.loss_ratio:.2f}"
     return f"layer {report.name} {error} {settings} tokens {report.tokens} {report.seconds:.2f} s"
 
 

@@ -432,7 +432,7 @@ def _error_lines(layers: Sequence[LayerReport]) -> list[str]:
     baseline = f"round-to-nearest {rtn:.2e}"
     if any(layer.rtn_rows for layer in layers):
         baseline += " on a sample of rows"
-    lines = [f"error  {mean}, {baseline}", *_strength_lines(layers)]
+    lines = [f"error  {mean}, {baseline}", *_strength_lines(layers), *_loss_lines(layers)]
     rounded = [layer.name for layer in layers if layer.fallback]
     if rounded:
         count = f"{len(rounded)} of {len(layers)} layers"
@@ -451,6 +451,16 @@ def _strength_lines(layers: Sequence[LayerReport]) -> list[str]:
     mean = math.fsum(strengths) / len(strengths)
     between = f"from {min(strengths):.2f} to {max(strengths):.2f}"
     return [f"follow strength {mean:.2f} of asymmetric calibration on average, {between}"]
+
+
+def _loss_lines(layers: Sequence[LayerReport]) -> list[str]:
+    """Return a line about what loss-aware rounding gained, if any layer was rounded so."""
+    ratios = [layer.loss_ratio for layer in layers if layer.loss_ratio is not None]
+    if not ratios:
+        return []
+    mean = math.fsum(ratios) / len(ratios)
+    text = f"loss-aware rounding of {len(ratios)} layers: x{mean:.2f} of the expected loss of each"
+    return [f"loss   {text}"]
 
 
 def _coverage(result: QuantizeResult, config: QuantizeConfig) -> str:

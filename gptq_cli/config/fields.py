@@ -217,6 +217,7 @@ class LayerOverrides(TypedDict, total=False):
     scale_search: Search
     refine_sweeps: Sweeps
     asymmetric_calibration: FollowStrength
+    loss_aware: Flag
     damp_mode: Damping
     damp_percent: DampPercent
 

@@ -126,6 +126,11 @@ PRESETS: dict[str, Preset] = {
         "one, block by block",
         BALANCED | {"asymmetric_calibration": "auto"},
     ),
+    "max": Preset(
+        "`best` and loss-aware rounding: a pass before the first block takes the gradients of the "
+        "model's loss at the outputs of layers",
+        BALANCED | {"asymmetric_calibration": "auto", "loss_aware": True},
+    ),
 }
 
 
@@ -151,6 +156,7 @@ class LayerConfig:
     scale_search: ScaleSearch = "none"
     refine_sweeps: int = 0
     asymmetric_calibration: Strength = 0.0
+    loss_aware: bool = False
     damp_mode: DampMode = "mean"
     damp_percent: float = 0.1
 

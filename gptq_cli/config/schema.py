@@ -147,6 +147,11 @@ class QuantizeConfig(BaseModel):
         description="strength, 0 to 1, of correcting weights for the errors of earlier layers; "
         "auto: as much as both halves of the text support; above 0 each block runs twice",
     )
+    loss_aware: Annotated[Flag, Option(Panel.SWITCHES)] = Field(
+        default=False,
+        description="round layers with the gradients of the model's loss at their outputs, from a "
+        "pass before the first block",
+    )
     damp_mode: Annotated[Damping, Option(Panel.ALGORITHM)] = Field(
         default="mean",
         description="damp all columns alike (mean), or each in proportion to its own energy "

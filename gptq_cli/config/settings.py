@@ -35,6 +35,7 @@ class Settings(TypedDict, total=False):
     scale_search: ScaleSearch
     refine_sweeps: int
     asymmetric_calibration: float | Literal["auto"]
+    loss_aware: bool
     damp_mode: DampMode
     damp_percent: float
     modules_in_block_to_quantize: list[list[str]] | None

@@ -316,11 +316,16 @@ class ModelStream:
         return recorders, [None] * self.n_blocks
 
     @contextmanager
-    def block(self, index: int) -> Iterator[LoadedBlock]:
-        """Load block `index` on the device; free its weights at the end."""
+    def block(self, index: int, following: int | None = None) -> Iterator[LoadedBlock]:
+        """Load block `index` on the device; free its weights at the end.
+
+        Block `following` is read ahead, which is the next one if it is None.
+        """
         module = self._blocks[index]
+        if following is None:
+            following = index + 1
         with self._filled(module, f"{self.block_name(index)}."):
-            self._source.prefetch(dict.fromkeys(self._stored(index + 1)))
+            self._source.prefetch(dict.fromkeys(self._stored(following)))
             self._loaded = self.linears(index)
             try:
                 yield LoadedBlock(
@@ -337,7 +342,9 @@ class ModelStream:
                 self._loaded = {}
 
     def _stored(self, index: int) -> Iterator[str]:
-        """Yield the tensors of the checkpoint for block `index`; none after the last block."""
+        """Yield the tensors of the checkpoint for block `index`; none beyond the blocks."""
+        if index < 0:
+            return
         for block in self._blocks[index : index + 1]:
             for name in block.state_dict():
                 yield from self._derived.stored(self._sources[f"{self.block_name(index)}.{name}"])

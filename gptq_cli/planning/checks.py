@@ -154,6 +154,14 @@ def refuse_streaming(config: QuantizeConfig, options: RunOptions) -> None:
             "them twice: to measure, then to quantize",
             hint="omit --stream-download, or give whole --bits",
         )
+    some_are_aware = any(changes.get("loss_aware") for changes in config.dynamic.values())
+    if options.stream_download and (config.loss_aware or some_are_aware):
+        raise ConfigError(
+            "E_CFG_CONFLICT",
+            "--stream-download drops the weights that are done, but a loss-aware run reads them "
+            "three times: for gradients forward and backward, then to quantize",
+            hint="omit --stream-download, or use --no-loss-aware",
+        )
 
 
 def with_lora(source: Checkpoint, config: QuantizeConfig) -> Checkpoint:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from gptq_cli.checkpoint.decoded import forward_dtype
-from gptq_cli.checkpoint.headers import DTYPES, DTYPES_OF_CONFIG
+from gptq_cli.checkpoint.headers import DTYPES, DTYPES_OF_CONFIG, TensorInfo
 from gptq_cli.config.layer import LayerConfig, expert_part
 from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.errors import size
@@ -27,6 +27,11 @@ from gptq_cli.planning.run_plan import HEAD, LayerPlan, RunPlan, bounded
 # take later.
 SLACK_BYTES = 128 * 10**6
 STEP_BYTES = 10**7
+
+# The pass for gradients takes the first windows of the text, up to so many tokens, in pieces that
+# pass a block together; and so many logits at a time at the end.
+GRADIENT_TOKENS, TOKENS_OF_A_PIECE, LOGITS_AT_ONCE = 16384, 1024, 2**24
+COPIES_OF_LOGITS = 5  # float32 numbers for each logit while its gradient is taken
 
 # Names of terms that others look for
 STATES, LIBRARIES, WAITING = "hidden states", "libraries", "waiting batches"
@@ -110,7 +115,7 @@ class Estimate:
 
 @dataclass(frozen=True, slots=True)
 class Disk:
-    """Bytes of the output and of the saved hidden states, and bytes that are free.
+    """Bytes of the output, the saved hidden states and gradients, and bytes that are free.
 
     `free` is None if no part of the path exists.
     """
@@ -118,11 +123,12 @@ class Disk:
     output: int
     states: int
     free: int | None
+    gradients: int = 0
 
     @property
     def needed(self) -> int:
         """The most bytes that the run holds at once, without a download."""
-        return self.output + self.states
+        return self.output + self.states + self.gradients
 
     @property
     def fits(self) -> bool:
@@ -176,7 +182,8 @@ def estimate_memory(
       limited, a copy of the inputs of a batch
 
     While images are embedded, the hidden states are in memory beside everything outside of the
-    blocks, in the dtype of the forwards. If that is more, it is the peak.
+    blocks, in the dtype of the forwards. If that is more, it is the peak; so is the pass for
+    gradients of a loss-aware run (see `gradient_terms`).
     """
     bits = _forward_bits(plan, config)
     seqlen, hidden = bounded(config, plan.source).seqlen, _hidden_size(plan)
@@ -207,11 +214,71 @@ def estimate_memory(
     if _has_experts(plan):
         joined = Term("joined inputs", streams * all_tokens * hidden * bits // 8)
         on_device = (*work, joined, solver["cuda"])
+    if plan.loss_aware:
+        for passing in gradient_terms(plan, config):
+            on_cpu = max(on_cpu, (libraries, *passing), key=total)
+            on_device = max(on_device, passing, key=total)
     if images:
         embedding = (states, Term(OUTSIDE, _outside_weights(plan) * bits // 8))
         on_cpu = max(on_cpu, (libraries, *embedding), key=total)
         on_device = max(on_device, embedding, key=total)
     return Estimate(cpu=on_cpu, accelerator=on_device, accelerator_host=(libraries, states, block))
+
+
+def gradient_terms(plan: RunPlan, config: QuantizeConfig) -> list[tuple[Term, ...]]:
+    """Return what is in memory in the pass for gradients: inside a block, and at the end.
+
+    Inside a block these are states and gradients of all tokens, the weights of the block, inputs,
+    outputs and gradients of all its linears for one piece, and sums [O, O] of the pieces, of which
+    as many panels wait as for Hessians. At the end it is everything outside of the blocks, with the
+    logits of a few tokens.
+    """
+    nbytes, tokens = _forward_bits(plan, config) // 8, gradient_tokens(plan, config)
+    seqlen = bounded(config, plan.source).seqlen
+    piece = max(seqlen, min(TOKENS_OF_A_PIECE, tokens))
+    widths: Counter[int] = Counter()
+    for layer in plan.layers:
+        if not expert_part(layer.name) and layer.block < plan.n_blocks:
+            widths[layer.block] += 2 * (layer.in_features + layer.out_features)
+    panels = math.ceil(tokens / piece).bit_length() * HESSIAN_SHARE + 1
+    numbers = _most_in_a_block(_gradient_numbers(plan))
+    states = Term("gradients", 2 * tokens * _hidden_size(plan) * nbytes)
+    inside = (
+        states,
+        Term("block", _largest_block(plan) * nbytes),
+        Term("one piece of text", piece * max(widths.values()) * nbytes),
+        Term("sums of gradients", int(panels * numbers) * FLOAT),
+    )
+    logits = Term("logits", COPIES_OF_LOGITS * LOGITS_AT_ONCE * FLOAT)
+    outside = sum(math.prod(tensor.shape) for tensor in _outside(plan))
+    at_the_end = (states, Term("embeddings and head", outside * nbytes), logits)
+    return [inside, at_the_end]
+
+
+def gradient_tokens(plan: RunPlan, config: QuantizeConfig) -> int:
+    """Return the number of tokens of the pass for gradients."""
+    seqlen = bounded(config, plan.source).seqlen
+    return min(config.nsamples, max(1, GRADIENT_TOKENS // seqlen)) * seqlen
+
+
+def gradient_disk(plan: RunPlan, config: QuantizeConfig) -> int:
+    """Return the bytes of sums of gradients, and of the hidden states before all blocks."""
+    if not plan.loss_aware:
+        return 0
+    states = gradient_tokens(plan, config) * _hidden_size(plan) * _forward_bits(plan, config) // 8
+    return plan.n_blocks * states + FLOAT * _gradient_numbers(plan).total()
+
+
+def _gradient_numbers(plan: RunPlan) -> Counter[int]:
+    """Return how many numbers the sums of gradients in each block have."""
+    numbers: Counter[int] = Counter()
+    for layer in plan.loss_aware:
+        numbers[layer.block] += layer.out_features**2
+    return numbers
+
+
+def _most_in_a_block(numbers: Counter[int]) -> int:
+    return max(numbers.values(), default=0)
 
 
 def estimate_within_limits(
@@ -335,10 +402,16 @@ def _written(layer: LayerPlan, features: int) -> int:
 def _outside_weights(plan: RunPlan) -> int:
     """Return the number of weights outside of the blocks, except those of the head."""
     count = 0
-    for name, tensor in plan.plain.tensors.items():
-        if not name.startswith(f"{plan.blocks}.") and f"{HEAD}." not in name:
+    for tensor in _outside(plan):
+        if f"{HEAD}." not in tensor.name:
             count += math.prod(tensor.shape)
     return count
+
+
+def _outside(plan: RunPlan) -> list[TensorInfo]:
+    """Return the tensors outside of the blocks."""
+    tensors = plan.plain.tensors.values()
+    return [tensor for tensor in tensors if not tensor.name.startswith(f"{plan.blocks}.")]
 
 
 def estimate_least_memory(plan: RunPlan, config: QuantizeConfig, devices: int = 1) -> Estimate:
@@ -351,14 +424,16 @@ def estimate_disk(plan: RunPlan, config: QuantizeConfig, output: Path) -> Disk:
     """Estimate the disk space of a run: its output, and the hidden states that let it resume.
 
     The output is written once, under another name beside its own. An older output stays until then.
+    A loss-aware run holds gradients too.
     """
     seqlen = bounded(config, plan.source).seqlen
     bits = config.nsamples * seqlen * _hidden_size(plan) * _forward_bits(plan, config)
     states = saved_states(plan, bits // 8)
     for folder in (output, *output.absolute().parents):
         if is_directory(folder, writing=True):
-            return Disk(plan.layout.nbytes, states, shutil.disk_usage(folder).free)
-    return Disk(plan.layout.nbytes, states, None)
+            free = shutil.disk_usage(folder).free
+            return Disk(plan.layout.nbytes, states, free, gradient_disk(plan, config))
+    return Disk(plan.layout.nbytes, states, None, gradient_disk(plan, config))
 
 
 def saved_states(plan: RunPlan, hidden_bytes: int) -> int:
@@ -439,14 +514,20 @@ def _solver_bytes(plan: RunPlan, bits: int, device: str) -> int:
 
     These are 2 float32 matrices [I, I], a Hessian and its factor, and 2 more with asymmetric
     calibration, the shifts of two halves of the text, with their drifts [O, I]; 3 float32 matrices
-    and 2 of codes [rows of a part, I] while columns are rounded; the layer's weights and codes.
+    and 2 of codes [rows of a part, I] while columns are rounded; the layer's weights and codes. A
+    loss-aware layer is one part, with its gradients, their factor and 3 float32 matrices [O, I] of
+    errors and products.
     """
     most = 0
     for layer in plan.quantized:
         rows = min(layer.out_features, rows_of_a_part(device, layer.in_features))
+        of_gradients = 0
+        if layer.is_loss_aware:
+            rows = layer.out_features
+            of_gradients = (2 * rows**2 + 3 * layer.n_weights) * FLOAT
         matrices = _solving_bytes(layer.in_features, rows, follows=plan.asymmetric)
         matrices += _drift_numbers(plan, layer) * FLOAT
-        most = max(most, matrices + layer.n_weights * (bits // 8 + CODE))
+        most = max(most, matrices + of_gradients + layer.n_weights * (bits // 8 + CODE))
     return most
 
 
@@ -536,16 +617,27 @@ def factor_cost(in_features: int) -> float:
 def solve_cost(layer: LayerPlan) -> float:
     """Return the cost of compensating and refining all columns, and of reporting the error."""
     assert layer.config is not None
-    return solve_products(layer.config) * layer.out_features * layer.in_features**2
+    rows, columns = layer.out_features, layer.in_features
+    cost = solve_products(layer.config) * rows * columns**2
+    if layer.is_loss_aware:
+        # Rounding once more with feedback along rows, two losses, and the factor of gradients
+        again = 0.5 + refining_products(layer.config) + 2
+        cost += again * rows * columns**2 + 2.5 * rows**2 * columns + factor_cost(rows)
+    return cost
+
+
+def refining_products(config: LayerConfig) -> int:
+    """Return how many products of the weight [O, I] with a matrix [I, I] refinement takes."""
+    if config.refine_sweeps:
+        return 1 + config.refine_sweeps
+    return 0
 
 
 def solve_products(config: LayerConfig) -> float:
     """Return how many products of the weight [O, I] with a matrix [I, I] a layer takes."""
     compensation = 0.5
     reporting = 1.5  # three energies of half a product each, as the Hessian is symmetric
-    refining, following = 0, 0.0
-    if config.refine_sweeps:
-        refining = 1 + config.refine_sweeps
+    refining, following = refining_products(config), 0.0
     if config.follows_original:
         following = 3  # two products, and two solutions with a triangular matrix
     if config.asymmetric_calibration == "auto":
@@ -660,6 +752,8 @@ def estimate_time(plan: RunPlan, config: QuantizeConfig, rates: Rates) -> Second
         features=hidden,
     )
     seconds = estimate_seconds(plan.layers, text, 1, plan.source.nbytes, rates)
+    if plan.loss_aware:
+        seconds = seconds.plus(_gradient_seconds(plan, config, text, rates))
     return seconds.plus(Seconds(fixed=sum(fixed_seconds(plan, rates).values())))
 
 
@@ -693,6 +787,31 @@ def _hashing_seconds(files: Iterable[int], rates: Rates) -> float:
     sizes = list(files)
     in_one_thread = max(sizes, default=0) * rates.hash_threads
     return max(sum(sizes), in_one_thread) / rates.hashes
+
+
+def _gradient_seconds(
+    plan: RunPlan, config: QuantizeConfig, text: Calibration, rates: Rates
+) -> Seconds:
+    """Estimate the time of the pass for gradients.
+
+    It reads the blocks twice and runs them forward twice; a pass back through a linear takes as
+    much as one forward, because weights get no gradients.
+    """
+    tokens = gradient_tokens(plan, config)
+    whole = estimate_seconds(
+        [replace(layer, config=None) for layer in plan.layers],
+        replace(text, tokens=tokens),
+        1,
+        2 * plan.source.nbytes,
+        rates,
+    )
+    head = max((math.prod(tensor.shape) for tensor in _outside(plan)), default=0)
+    sums = 0.0
+    for layer in plan.loss_aware:
+        sums += hessian_cost(layer.out_features, tokens)
+    at_the_end = 2 * head * tokens / rates.forward
+    forward = 3 * whole.forward + at_the_end
+    return Seconds(forward=forward, hessian=sums / rates.hessian, reading=whole.reading)
 
 
 def estimate_seconds(

@@ -49,6 +49,7 @@ from gptq_cli.files import expanded, resolved
 HEAD = "lm_head"
 BEYOND = "of a block that the model does not run"
 UNFIT = "does not fit"  # the reason to keep a layer that cannot be packed
+MOST_OUTPUTS = 2  # times the inputs; gate_proj and up_proj have more, and gained nearly nothing
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +84,16 @@ class LayerPlan:
     def groups(self) -> int:
         assert self.config is not None
         return self.in_features // self.config.columns_per_group(self.in_features)
+
+    @property
+    def is_loss_aware(self) -> bool:
+        """True if rounding uses gradients at the layer's outputs: as configured, if it can gain.
+
+        An expert, the head and a layer with many more outputs than inputs do without.
+        """
+        if self.config is None or not self.config.loss_aware or expert_part(self.name):
+            return False
+        return self.name != HEAD and self.out_features <= MOST_OUTPUTS * self.in_features
 
     @property
     def n_weights(self) -> int:
@@ -163,6 +174,11 @@ class RunPlan:
     def asymmetric(self) -> bool:
         """True if a layer is calibrated on the inputs of the unquantized model as well."""
         return any(layer.config.follows_original for layer in self.layers if layer.config)
+
+    @property
+    def loss_aware(self) -> list[LayerPlan]:
+        """The layers that are rounded with the gradients at their outputs."""
+        return [layer for layer in self.quantized if layer.is_loss_aware]
 
     @property
     def split_experts(self) -> list[str]:

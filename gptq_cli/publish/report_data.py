@@ -72,6 +72,7 @@ class Layer(BaseModel):
     fallback: Text | None = None
     rtn_rows: Count | None = None
     asymmetric_calibration: Share = None
+    loss_ratio: Share = None
 
 
 class Block(BaseModel):

@@ -22,7 +22,7 @@ from gptq_cli.events import Fallback, LayerReport, LayerSolved, LayerStarted, Wa
 from gptq_cli.models.skeleton import place
 from gptq_cli.planning.estimate import has_shorter_shifts, rows_of_a_part
 from gptq_cli.planning.run_plan import LayerPlan
-from gptq_cli.quantization.run_state import Run
+from gptq_cli.quantization.run_state import OutputGradients, Run
 from gptq_cli.runtime.memory import give_back_freed_tensors
 from gptq_cli.runtime.ranks import Ranks
 from gptq_cli.solver.factor import (
@@ -153,16 +153,17 @@ class LayerSolver:
             assert config is not None
             usable = self._prepare(together, inputs, config)
             most = rows_of_a_part(self.device.type, inputs.hessians.shape[-1])
-            cut = [row_parts(layers, most) for layers in together]
+            cut = [self._row_parts(layers, most) for layers in together]
             parts = [list(chain(*same)) for same in zip(*cut, strict=True)]
             owners = ranks.deal([sum(map(len, part)) for part in parts])
             mine: dict[int, list[tuple[Solution, Tensor | None]]] = {}
             for number, part in enumerate(parts):
+                gradients = self._gradients_of(part)
                 if owners[number] != ranks.rank:
                     continue
                 with located([rows.layer for rows in part], list(map(len, part))):
                     weights, strengths = self._weights(part, usable, config)
-                    solutions = solve_together(weights, usable.hessians, usable.factor, config)
+                    solutions = _solutions(weights, usable, config, gradients)
                     mine[number] = list(zip(solutions, strengths, strict=True))
             self._read = None
             found: dict[str, list[tuple[Solution, Tensor | None]]] = defaultdict(list)
@@ -179,6 +180,25 @@ class LayerSolver:
                     strength = _strength(config, followed)
                     report = replace(solved.report, asymmetric_calibration=strength)
                     yield replace(solved, report=report)
+
+    def _row_parts(self, layers: Sequence[LayerPlan], most: int) -> list[list[Rows]]:
+        """Cut the rows of `layers`, except for those with gradients, each of which is one part."""
+        parts = row_parts([layer for layer in layers if not self._has_gradients(layer)], most)
+        for layer in layers:
+            if self._has_gradients(layer):
+                parts.append([Rows(layer, 0, layer.out_features)])
+        return parts
+
+    def _has_gradients(self, layer: LayerPlan) -> bool:
+        return layer.is_loss_aware and self.run.gradients is not None
+
+    def _gradients_of(self, part: Sequence[Rows]) -> OutputGradients | None:
+        """Return the gradients of the layer that is the `part`; every process must ask for them."""
+        layer = part[0].layer
+        if not self._has_gradients(layer):
+            return None
+        assert self.run.gradients is not None
+        return self.run.gradients.of(layer)
 
     def put_back(self, solved: SolvedLayer, linears: Mapping[str, nn.Module]) -> None:
         """Replace the weight of the layer's linear with the dequantized weight."""
@@ -252,6 +272,7 @@ class LayerSolver:
             damp_percent=factor.damp_percent[expert],
             damp_retries=factor.retries[expert],
             dead_columns=factor.dead_columns[expert],
+            loss_ratio=solution.loss_ratio,
             tokens=inputs.tokens[expert],
             seconds=seconds_per_row * layer.out_features,
             fallback=fallback,
@@ -387,6 +408,25 @@ def weight_for_shifts(layer: LayerPlan, linear: nn.Module) -> Tensor | None:
     if weight.is_cuda and weight.dtype == torch.bfloat16 and has_shorter_shifts(layer):
         return weight
     return None
+
+
+def _solutions(
+    weights: Sequence[Tensor],
+    usable: UsableHessians,
+    config: LayerConfig,
+    gradients: OutputGradients | None,
+) -> list[Solution]:
+    """Return the solutions of the weights of a part, of which there is one if it has gradients.
+
+    A layer that is to be rounded to nearest does without them.
+    """
+    if gradients is None or usable.fallbacks[0] is not None:
+        return solve_together(weights, usable.hessians, usable.factor, config)
+    from gptq_cli.solver.two_sided import solve_in_row_blocks
+
+    [weight], [hessian] = weights, usable.hessians
+    factor, tokens = usable.factor.of(0), gradients.tokens
+    return [solve_in_row_blocks(weight, hessian, factor, config, gradients.sums, tokens)]
 
 
 def _place(layer: LayerPlan, linears: Mapping[str, nn.Module], weight: Tensor) -> None:

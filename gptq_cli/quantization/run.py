@@ -60,7 +60,7 @@ from gptq_cli.planning.checks import (
     check_sharing,
     prepare_run,
 )
-from gptq_cli.planning.estimate import saved_states, streamed_bytes
+from gptq_cli.planning.estimate import gradient_disk, saved_states, streamed_bytes
 from gptq_cli.planning.plan import check_shared, refine_plan
 from gptq_cli.planning.run_plan import (
     HEAD,
@@ -223,8 +223,18 @@ def carry_out(
             batches = calibration.batches(config, source.directory)
             run = Run(config, plan, stream, ranks, batches, record, limits)
             with _writing_output(run, work, prepared, calibration, identity):
+                _with_gradients(run, work, identity)
                 quantize_all_blocks(run)
     return _result(prepared, plan, calibration.windows, record, time.perf_counter() - started)
+
+
+def _with_gradients(run: Run, work: WorkDirectory | None, identity: Identity) -> None:
+    """Give `run` the gradients of its loss-aware layers, if there are any left to quantize."""
+    if not run.plan.loss_aware or run.saved.complete:
+        return
+    from gptq_cli.quantization.gradients import sum_gradients
+
+    sum_gradients(run, work, identity)
 
 
 @contextmanager
@@ -311,7 +321,7 @@ def _check_room(
     downloaded_bytes = 0
     if plan.source.download is not None:
         downloaded_bytes = streamed_bytes(plan)
-    saved_bytes = saved_states(plan, hidden_bytes)
+    saved_bytes = saved_states(plan, hidden_bytes) + gradient_disk(plan, config)
     check_disk(work, plan.layout.nbytes, saved_bytes, downloaded_bytes)
     host, host_limit = _host(config, worker).free_and_limit()
     device, device_limit = None, None

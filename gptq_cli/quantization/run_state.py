@@ -52,6 +52,21 @@ def keep_nothing(layers: Sequence[tuple[LayerPlan, QuantizedLinear]]) -> None:
     del layers
 
 
+@dataclass(frozen=True, slots=True)
+class OutputGradients:
+    """The sum G [O, O] of g gᵀ over the gradients g at the outputs of a layer, of `tokens`."""
+
+    sums: Tensor
+    tokens: int
+
+
+class Gradients(Protocol):
+    """The gradients of all loss-aware layers; `gradients.SummedGradients` implements it."""
+
+    def of(self, layer: LayerPlan) -> OutputGradients:
+        """Return those of one layer, on the device; all processes of a run must ask for it."""
+
+
 @dataclass(slots=True)
 class Run:
     """One run, as one of its processes sees it.
@@ -72,6 +87,7 @@ class Run:
     budget: PauseBudget = field(init=False)
     layers: dict[str, LayerPlan] = field(init=False)  # those to quantize, by name
     prober: Prober = field(default_factory=Prober)
+    gradients: Gradients | None = None  # of the loss-aware layers, if there are any
 
     @property
     def report(self) -> Report:
@@ -179,10 +195,10 @@ class Limits:
         if self._now() + self._longest > self._end:
             self._pause("the next block would not finish")
 
-    def check_time(self) -> None:
-        """Raise PausedError E_PAUSED if the time is over."""
+    def check_time(self, what: str = "the current block") -> None:
+        """Raise PausedError E_PAUSED if the time is over; `what` is done only as a whole."""
         if self._now() > self._end:
-            self._pause("the current block, which will start over, did not finish")
+            self._pause(f"{what}, which will start over, did not finish")
 
     def _pause(self, what: str) -> NoReturn:
         """Raise PausedError; if blocks are kept, WorkKept shows the command that resumes."""

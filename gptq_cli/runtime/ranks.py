@@ -68,6 +68,10 @@ class Ranks:
         there are fewer batches than processes.
         """
         check_shares(n_batches, self.size)
+        return self.part(n_batches)
+
+    def part(self, n_batches: int) -> range:
+        """Return what `share` does, or an empty range for some of more processes than batches."""
         return _share(n_batches, self.rank, self.size)
 
     def deal(self, costs: Sequence[float]) -> list[int]:
@@ -93,7 +97,7 @@ class Ranks:
     def sum_hessians(self, batches: HessianOfBatches, n_batches: int) -> HessianAccumulator:
         """Return the sum over the `n_batches` of all processes, the same bits on every process.
 
-        `batches` holds this process's share.
+        `batches` holds this process's share, which may be empty.
         """
         del n_batches
         return total(batches.nodes(), HessianAccumulator.absorb)
@@ -161,9 +165,9 @@ class DistributedRanks(Ranks):
     def sum_hessians(self, batches: HessianOfBatches, n_batches: int) -> HessianAccumulator:
         spans = [kept_apart(share) for share in self._shares(n_batches)]
         mine = [node.value for node in batches.nodes()]
-        for sums in zip(*(part.sums for part in mine), strict=True):
-            self._add_up(sums, spans)
-        whole = mine[0]
+        whole, *_ = mine or [batches.nothing()]
+        for number, target in enumerate(whole.sums):
+            self._add_up(target, [part.sums[number] for part in mine], spans)
         seen = self.all_gather([(part.tokens, torch.stack(part.peaks).tolist()) for part in mine])
         whole.tokens = sum(tokens for tokens, _ in seen)
         whole.peaks = [torch.tensor(peak) for _, additions in seen for peak in additions]
@@ -194,37 +198,41 @@ class DistributedRanks(Ranks):
 
     def scatter(self, values: Sequence[Value] | None, n_batches: int) -> list[Value]:
         if values is None:
-            return [self._receive(0) for _ in self.share(n_batches)]
+            return [self._receive(0) for _ in self.part(n_batches)]
         for rank, share in enumerate(self._shares(n_batches)):
             if rank != self.rank:
                 for number in share:
                     self._send(values[number], rank)
-        return [values[number] for number in self.share(n_batches)]
+        return [values[number] for number in self.part(n_batches)]
 
     def broadcast(self, value: Value | None = None) -> Value:
         return self._from(0, value)
 
-    def _add_up(self, mine: Sequence[Tensor], spans: Sequence[Sequence[range]]) -> None:
-        """Put the sum of the tensors of all processes into the first of `mine`.
+    def _add_up(
+        self, target: Tensor, mine: Sequence[Tensor], spans: Sequence[Sequence[range]]
+    ) -> None:
+        """Put the sum of the tensors of all processes into `target`, the first of `mine` if any.
 
         The tensors of each process stand for its `spans` of batches. Each process adds up one part
         of every slice, in the order of the tree, and broadcasts it.
         """
-        flat = [tensor.view(-1) for tensor in mine]
-        for start in range(0, flat[0].numel(), ELEMENTS_AT_A_TIME):
+        flat, whole = [tensor.view(-1) for tensor in mine], target.view(-1)
+        for start in range(0, whole.numel(), ELEMENTS_AT_A_TIME):
+            result = whole[start : start + ELEMENTS_AT_A_TIME]
             slices = [tensor[start : start + ELEMENTS_AT_A_TIME] for tensor in flat]
-            cuts = [len(share) for share in self._shares(slices[0].numel())]
+            cuts = [len(share) for share in self._shares(result.numel())]
             pieces = list(zip(*(piece.split(cuts) for piece in slices), strict=True))
             own = cuts[self.rank]
-            received = slices[0].new_empty(sum(map(len, spans)) * own)
+            received = result.new_empty(sum(map(len, spans)) * own)
             sizes = [len(theirs) * own for theirs in spans]
-            sent, sent_sizes = torch.cat(list(chain(*pieces))), [len(mine) * n for n in cuts]
+            sent = torch.cat([result.new_empty(0), *chain(*pieces)])
+            sent_sizes = [len(mine) * n for n in cuts]
             with _peers():
                 dist.all_to_all_single(received, sent, sizes, sent_sizes)
             nodes: list[Node[Tensor]] = []
             for span, part in zip(chain(*spans), received.split(own or 1), strict=False):
                 push(nodes, Node(span.start, span.stop, part), _add)
-            pieces_of_sum = slices[0].split(cuts)
+            pieces_of_sum = result.split(cuts)
             if own:
                 pieces_of_sum[self.rank].copy_(total(nodes, _add))
             with _peers():

@@ -113,7 +113,7 @@ class HessianAccumulator:
         self._bounds = _panels(in_features, self._device)
         self._panels: list[Tensor] = []  # empty until they are needed on CUDA
         if self._device.type == "cpu":
-            self._add_zeros()
+            self.add_zeros()
         # After each `add`, the largest number of the diagonal, which is infinite or NaN if any is:
         self.peaks: list[Tensor] = []
         self._whole: Tensor | None = None  # H, if it was read; the panels are then views of it
@@ -215,7 +215,7 @@ class HessianAccumulator:
 
     def add_identity(self) -> None:
         """Add the identity without tokens, with which solving a layer is rounding to nearest."""
-        self._add_zeros()
+        self.add_zeros()
         for diagonal in self._diagonal():
             diagonal.add_(1)
 
@@ -223,7 +223,7 @@ class HessianAccumulator:
     def hessian(self) -> Tensor:
         """H [I, I] over all tokens so far: the accumulator's own tensor, not a copy."""
         if self._whole is None:
-            self._add_zeros()
+            self.add_zeros()
             self._whole = self._panels[0].new_empty(self._size, self._size)
             for number, (start, stop) in enumerate(self._bounds):
                 view = self._whole[:stop, start:stop]
@@ -261,7 +261,7 @@ class HessianAccumulator:
             return diagonal[0].amax()
         return torch.cat(diagonal).amax()
 
-    def _add_zeros(self) -> None:
+    def add_zeros(self) -> None:
         """Make the sums zero if nothing was added yet."""
         if self._panels:
             return
@@ -491,6 +491,12 @@ class HessianOfBatches:
             self._close()
             self._batch, self._open = batch, self._new()
         self._open.add(inputs, original, batch % 2, residuals)
+
+    def nothing(self) -> HessianAccumulator:
+        """Return the sum over no batch."""
+        empty = self._new()
+        empty.add_zeros()
+        return empty
 
     def nodes(self) -> list[Node[HessianAccumulator]]:
         """Return the sums over all batches so far, as few as the order of additions allows."""

@@ -6,6 +6,7 @@
     run.json      identity of the run, and the call that `gptq resume` repeats
     journal.jsonl the finished blocks
     hidden-0, -1  hidden states after the last two finished blocks
+    gradients/    their sums at the outputs of loss-aware layers, and hidden states until then
     allocation.jsonl, allocation-0, -1, gptq_allocation.json
                   the same for the measurement before an allocation of bits, and its result
     out/          becomes OUT
@@ -50,6 +51,7 @@ RUN = "run.json"
 JOURNAL = "journal.jsonl"
 STAGE = "out"
 DOWNLOAD = "download"
+GRADIENTS, SEAL = "gradients", "complete.json"
 ASIDE = "old"
 HIDDEN = ("hidden-0", "hidden-1")
 ALLOCATION_JOURNAL = "allocation.jsonl"
@@ -77,6 +79,7 @@ class WorkDirectory:
         self.path = self.output.with_name(f".{self.output.name}{SUFFIX}")
         self.stage = self.path / STAGE
         self.download = self.path / DOWNLOAD
+        self.gradients = self.path / GRADIENTS
         self.aside = self.path / ASIDE
         self.lock = self.path / LOCK
         self.journal = self.path / JOURNAL
@@ -117,7 +120,8 @@ class WorkDirectory:
 
     def holds_work(self) -> bool:
         """Return whether a later run can use something in the directory."""
-        kept = (self.journal, self.allocation, self.allocation_journal)
+        gradients = self.gradients / SEAL
+        kept = (self.journal, gradients, self.allocation, self.allocation_journal)
         return any(file.exists() for file in kept)
 
     def publish(self, model: Path, *, overwrite: bool) -> None:
@@ -135,6 +139,7 @@ class WorkDirectory:
     def drop(self) -> None:
         """Discard the finished work in the directory."""
         remove(self.journal)
+        remove(self.gradients)
         self._rename_replaced_stage()
 
     def repair(self) -> None:
@@ -299,7 +304,7 @@ def _prepare(work: WorkDirectory) -> None:
     # A run that was killed may have created the directory without syncing its name.
     sync_directory(work.path.parent)
     work.repair()
-    own = (LOCK, RUN, JOURNAL, STAGE, *HIDDEN, *OF_ALLOCATION)
+    own = (LOCK, RUN, JOURNAL, STAGE, GRADIENTS, *HIDDEN, *OF_ALLOCATION)
     sweep(work.path, (*own, *work.replaced_names()))
     holder = {"pid": os.getpid(), "host": socket.gethostname()}
     write_file(work.path / HOLDER, json.dumps(holder).encode())

@@ -10,7 +10,14 @@ import pytest
 
 from gptq_cli.cli.console import Console
 from gptq_cli.cli.progress import APART, SILENCE, Progress
-from gptq_cli.events import BlockFinished, BlockStarted, LayerSolved, PhaseStarted, Report
+from gptq_cli.events import (
+    BlockFinished,
+    BlocksDone,
+    BlockStarted,
+    LayerSolved,
+    PhaseStarted,
+    Report,
+)
 from gptq_cli.files import BytesDone
 
 from .conftest import layer_report, play
@@ -78,6 +85,23 @@ def test_a_log_gets_a_line_for_each_tenth_of_the_bytes(capsys: pytest.CaptureFix
     ]
     assert len(lines) == 11
     assert lines[-1] == "verify: 100 % of 200 MB, 0:00:00 left"
+
+
+def test_a_log_gets_a_line_for_each_tenth_of_the_blocks_of_a_pass(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    now = [0.0]
+    progress = Progress(Console(), now=lambda: now[0])
+    progress(PhaseStarted("gradients", "16384 tokens backward"))
+    for done in range(1, 31):
+        now[0] += 60
+        progress(BlocksDone(done, 30))
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[:2] == [
+        "gradients: 16384 tokens backward",
+        "gradients: 10 % of 30 blocks, 0:27:00 left",
+    ]
+    assert len(lines) == 11
 
 
 @pytest.mark.parametrize(("seconds", "n_lines"), [(0.9 * APART, 0), (3.1 * APART, 3)])

@@ -270,6 +270,22 @@ def test_summary_and_log_tell_the_strengths_of_following(
     assert len(quantizer.calls) == 1
 
 
+def test_summary_and_log_tell_what_loss_aware_rounding_gains(
+    gptq: Run, quantizer: FakeQuantizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usual = conftest.layer_report
+
+    def aware(index: int, *arguments: Any, **named: Any) -> LayerReport:
+        return replace(usual(index, *arguments, **named), loss_ratio=0.5 + index / 4)
+
+    monkeypatch.setattr(conftest, "layer_report", aware)
+    result = gptq("quantize", "org/name", "-b", "4", "-v")
+    words = "loss   loss-aware rounding of 4 layers: x0.62 of the expected loss of each\n"
+    assert words in result.stdout
+    assert "damp 0.1 loss x0.75 tokens 4096" in result.stderr
+    assert len(quantizer.calls) == 1
+
+
 @pytest.mark.parametrize(
     ("words", "serving"),
     [

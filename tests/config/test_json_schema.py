@@ -32,6 +32,7 @@ VALUES: dict[str, list[Any]] = {
     "scale_search": ["none", "mse", "best", None],
     "refine_sweeps": [0, 4, -1, "4", None],
     "asymmetric_calibration": [0, 0.75, 1, 1.5, -0.1, "auto", "half", "0.5", None],
+    "loss_aware": [True, False, 1, None],
     "damp_mode": ["mean", "diagonal", "median", None],
     "damp_percent": [0.01, 0.5, 0, 1, -0.1, "0.1", None],
     "modules_in_block_to_quantize": [[["a"]], [["a"], ["b", "c"]], [], [[]], [[""]], "a", None],

@@ -34,6 +34,7 @@ def test_defaults_are_those_of_balanced_and_of_optimum() -> None:
         "scale_search": "mse",
         "refine_sweeps": 4,
         "asymmetric_calibration": 0.0,
+        "loss_aware": False,
         "damp_mode": "diagonal",
         "preset": "balanced",
         "modules_in_block_to_quantize": None,
@@ -239,6 +240,7 @@ def test_every_layer_setting_applies_and_can_be_overridden() -> None:
         "bits": 3, "group_size": 64, "sym": True, "desc_act": False, "act_group_aware": False,
         "static_groups": True, "signed_scales": True, "scale_search": "mse", "refine_sweeps": 2,
         "damp_mode": "diagonal", "damp_percent": 0.2, "asymmetric_calibration": 0.5,
+        "loss_aware": True,
     }  # fmt: skip
     expected = LayerConfig(**settings)
     assert set(settings) == set(LayerConfig.__slots__) == set(LayerOverrides.__annotations__)

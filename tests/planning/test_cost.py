@@ -111,6 +111,16 @@ def test_refinement_and_asymmetric_calibration_cost_more() -> None:
     assert estimate_seconds([followed], TEXT, 1, 0, ONE).forward == 2 * one_model
 
 
+def test_loss_aware_rounding_costs_a_second_solution_and_its_losses() -> None:
+    aware = linear("a.o_proj", 16, 12, LayerConfig(loss_aware=True, refine_sweeps=4))
+    plain = replace(aware, config=LayerConfig(refine_sweeps=4))
+    again = 16 * 12**2 * (0.5 + 5 + 2)
+    along_rows = 2.5 * 16**2 * 12 + 16**3 / 6
+    assert solve_cost(aware) == pytest.approx(solve_cost(plain) + again + along_rows)
+    wide = linear("a.up_proj", 36, 12, LayerConfig(loss_aware=True))
+    assert solve_cost(wide) == solve_cost(replace(wide, config=LayerConfig()))
+
+
 def test_a_shift_is_a_whole_product_at_its_own_rate() -> None:
     followed = linear("a.up_proj", 16, 12, LayerConfig(asymmetric_calibration=0.5))
     once = estimate_seconds([followed], TEXT, 1, 0, replace(ONE, shift=math.inf)).hessian

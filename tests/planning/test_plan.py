@@ -19,10 +19,13 @@ from gptq_cli.inspection.summary import VECTORS, plan_rows
 from gptq_cli.planning.checks import check_memory, notes_on_limits
 from gptq_cli.planning.estimate import (
     LIBRARIES_BYTES,
+    Rates,
     estimate_disk,
     estimate_least_memory,
     estimate_memory,
+    estimate_time,
     estimate_within_limits,
+    gradient_terms,
     total,
 )
 from gptq_cli.planning.plan import plan_run, refine_plan
@@ -181,6 +184,47 @@ def test_presets_need_memory_for_copies_and_shifts(
         solving += 2 * features * n * 4
         copied += features
     assert terms["solver"] == solving + tokens * n * 4 + copies * tokens * copied * 2
+
+
+def test_a_loss_aware_run_needs_memory_for_gradients_and_logits(tmp_path: Path) -> None:
+    model = save_model(tmp_path / "model", intermediate_size=192)
+    settings = config(nsamples=6, seqlen=64, loss_aware=True)
+    inside, at_the_end = gradient_terms(plan_run(model, settings), settings)
+    tokens = 6 * 64
+    shapes = [(128, 64), (64, 64), (64, 64), (64, 128), (192, 64), (192, 64), (64, 192)]
+    weights = sum(rows * columns for rows, columns in shapes)
+    widths = sum(2 * (rows + columns) for rows, columns in shapes)
+    sums = int((9 / 16 + 1) * (128**2 + 4 * 64**2)) * 4  # q; k, v, o and down
+    expected = [2 * tokens * 64 * 4, weights * 4, tokens * widths * 4, sums]
+    assert [term.nbytes for term in inside] == expected
+    outside = (2 * 512 * 64 + 64) * 4
+    assert [term.nbytes for term in at_the_end] == [expected[0], outside, 5 * 2**24 * 4]
+    memory = estimate_memory(plan_run(model, settings), settings)
+    assert total(memory.accelerator) == total(at_the_end)
+    assert "logits" in [term.what for term in memory.cpu]
+
+
+def test_a_plan_shows_the_disk_space_of_gradients(tmp_path: Path) -> None:
+    model = save_model(tmp_path / "model", intermediate_size=192)
+    found = preview_run(str(model), config(nsamples=6, seqlen=64, loss_aware=True))
+    plain = preview_run(str(model), config(nsamples=6, seqlen=64))
+    gradients = 3 * (6 * 64 * 64 * 4 + 4 * (128**2 + 4 * 64**2))
+    assert found.disk.gradients == gradients
+    assert found.disk.needed == plain.disk.needed + gradients
+    assert plain.disk.gradients == 0
+
+
+def test_the_time_of_gradients_counts_three_forwards_and_the_head(tmp_path: Path) -> None:
+    model = save_model(tmp_path / "model")
+    rates = Rates(*[1.0] * 6)
+    seconds = []
+    for changes in ({}, {"loss_aware": True}):
+        settings = config(nsamples=6, seqlen=64, **changes)
+        seconds.append(estimate_time(plan_run(model, settings), settings, rates))
+    plain, aware = seconds
+    assert aware.forward == 4 * plain.forward + 2 * 512 * 64 * 6 * 64
+    assert aware.reading == 3 * plain.reading
+    assert aware.hessian > plain.hessian
 
 
 @pytest.mark.parametrize("family", ["gemma3", "qwen3_vl"])

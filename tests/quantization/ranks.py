@@ -19,7 +19,7 @@ from gptq_cli.events import BlockFinished, Event
 from gptq_cli.models.stream import LoadedBlock
 from gptq_cli.planning.checks import RunOptions, prepare_run
 from gptq_cli.planning.estimate import ROWS_OF_A_PART
-from gptq_cli.quantization import block_loop, layers, routed_experts, run, run_state
+from gptq_cli.quantization import block_loop, gradients, layers, routed_experts, run, run_state
 from gptq_cli.runtime import torchrun
 from gptq_cli.solver.factor import HessianFactor
 from gptq_cli.solver.grid import ScaleRangeError
@@ -44,7 +44,8 @@ def team(
 
     Process `dies` kills itself `when`: at the "start", in a "forward", before it can "solve" rows
     or an "expert", after the first block is "finished" or "told", or at the "head". If `when` is
-    "unlike", the process differs from the others; if it is "refused", no scale fits its weights.
+    "unlike", the process differs from the others; if it is "refused", no scale fits its weights;
+    with "few" tokens the pass for gradients has one piece of text for all processes.
     """
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     answers = CHILDREN.SimpleQueue()
@@ -78,7 +79,7 @@ def member(
 ) -> None:
     be_rank(rank, size, port)
     done = _counted()
-    if rank == dies:
+    if rank == dies or when == "few":
         _doom(when)
     try:
         with torchrun.joined("cpu", [], lambda _: os._exit(9)) as place:
@@ -148,6 +149,8 @@ def _doom(when: str) -> None:
     _dying = when
     if when == "unlike":
         torch.set_num_threads(2)
+    elif when == "few":
+        gradients.GRADIENT_TOKENS = 1
     elif when in PLANTS:
         setattr(*PLANTS[when])
 

@@ -12,6 +12,7 @@ import pytest
 from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.errors import ConfigError
 from gptq_cli.planning.estimate import ROWS_OF_A_PART
+from gptq_cli.quantization import gradients
 from gptq_cli.quantization.run import quantize_checkpoint
 from gptq_cli.runtime.ranks import Ranks, owners_of
 from tests.disks import Killed
@@ -94,6 +95,21 @@ def test_several_processes_write_the_bytes_of_one_process(
     if (kind, size) != ("images", 3):  # three cannot share four windows with images evenly
         assert balanced([done[RUNS] for done in work])
         assert balanced([done[ROWS] for done in work])
+
+
+@pytest.mark.parametrize(
+    "when", ["", pytest.param("few", marks=pytest.mark.slow)], ids=["many pieces", "one piece"]
+)
+def test_gradients_of_several_processes_are_those_of_one(
+    when: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if when == "few":
+        monkeypatch.setattr(gradients, "GRADIENT_TOKENS", 1)
+    model = save_model(tmp_path / "model", num_hidden_layers=2)
+    case = made(tmp_path, model, config(**SETTINGS, preset="balanced", loss_aware=True))
+    _, errors, _ = team(2, model, tmp_path / "out", case.settings, when=when)
+    assert errors == [None] * 2
+    assert digest(tmp_path / "out") == case.tree
 
 
 @pytest.mark.parametrize(

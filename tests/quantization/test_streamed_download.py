@@ -478,7 +478,12 @@ def test_what_cannot_be_streamed_conflicts_with_the_option(tmp_path: Path) -> No
         check_sharing(source, 2)
     with pytest.raises(ConfigError, match="reads them twice") as twice:
         api.quantize(ID, config(bits=3.5), tmp_path / "out", stream_download=True)
-    for caught in (local, shared, twice):
+    aware: dict[str, object] = {"preset": "max"}
+    by_rule: dict[str, object] = {"dynamic": {".*q_proj": {"loss_aware": True}}}
+    for changes in (aware, by_rule):
+        with pytest.raises(ConfigError, match="three times: for gradients") as thrice:
+            api.quantize(ID, config(**changes), tmp_path / "out", stream_download=True)
+    for caught in (local, shared, twice, thrice):
         assert (caught.value.code, caught.value.exit_code) == ("E_CFG_CONFLICT", 2)
         assert (caught.value.hint or "").startswith("omit --stream-download")
 

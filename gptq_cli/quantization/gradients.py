@@ -1,0 +1,396 @@
+"""The gradients of the model's loss at the outputs of linears, which loss-aware rounding needs.
+
+`sum_gradients` runs before the block loop, with one block in memory at a time:
+
+1. The unquantized model runs over the first windows of the text. The hidden states before every
+   block are kept on the disk.
+2. At the end each token gets a label, which is drawn from the model's own prediction. The gradient
+   of the log-likelihood of all labels is taken at the last hidden states.
+3. The blocks run again in reverse, each from its hidden states, and pass the gradient back. For
+   each chosen linear G = Σ g gᵀ [O, O] is summed over its gradients g, and written.
+
+With labels of the model itself, G is a factor of the Fisher information (Martens 2014, arXiv
+1412.1193), and no error of the model is in it. The sums are Hessians of gradients: tokens are
+limited, and batches are added in an order that does not depend on the number of processes. A run
+that resumes uses them if they are complete and of the same run; otherwise they are summed anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from gptq_cli.errors import InputError, counted
+from gptq_cli.events import BlocksDone, PhaseStarted
+from gptq_cli.files import is_file
+from gptq_cli.models.block_calls import Call
+from gptq_cli.models.skeleton import place
+from gptq_cli.models.stream import Batch, LoadedBlock, token_ids
+from gptq_cli.planning.estimate import GRADIENT_TOKENS, LOGITS_AT_ONCE, TOKENS_OF_A_PIECE
+from gptq_cli.planning.run_plan import LayerPlan
+from gptq_cli.quantization.resume import Identity, save_tensors
+from gptq_cli.quantization.run_state import OutputGradients, Run
+from gptq_cli.runtime.memory import gpu_lost, out_of_memory
+from gptq_cli.runtime.ranks import Ranks
+from gptq_cli.solver.hessian import HessianAccumulator, HessianOfBatches
+from gptq_cli.storage.durable import make_directory, remove, write_json
+from gptq_cli.storage.manifest import digest, file_hash, read_sealed, sealed
+from gptq_cli.storage.work_directory import SEAL, WorkDirectory
+
+WITHOUT = "leave out loss_aware (--no-loss-aware)"
+
+
+def sum_gradients(run: Run, work: WorkDirectory | None, identity: Identity) -> None:
+    """Give `run` the gradients of its loss-aware layers, summed now or by an earlier call.
+
+    `work` is None on processes that write nothing. Raises InputError E_GRADIENT if the gradient of
+    the model cannot be computed block by block, or is not finite.
+    """
+    store = None
+    if work is not None:
+        store = GradientStore(work.gradients, digest(identity))
+    known = None
+    if store is not None:
+        known = store.tokens()
+    pieces = pieces_of(run.batches)
+    tokens = run.ranks.broadcast(known or 0)
+    if not tokens:
+        tokens = sum(token_ids(piece).numel() for piece in pieces)
+        # Tensors that are made in inference mode cannot be used by a backward pass.
+        with torch.inference_mode(False), torch.no_grad():
+            _Pass(run, pieces, store).carry_out(tokens)
+    run.gradients = SummedGradients(run.ranks, run.stream.device, store, tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class SummedGradients:
+    """The gradients of all loss-aware layers over `tokens`, which the leader has in its `store`."""
+
+    ranks: Ranks
+    device: torch.device
+    store: GradientStore | None
+    tokens: int
+
+    def of(self, layer: LayerPlan) -> OutputGradients:
+        """Return the gradients of a layer, on the device of every process; all of them must ask."""
+        found = None
+        if self.store is not None:
+            found = self.store.read(layer)
+        sums = self.ranks.broadcast(found).to(self.device)
+        return OutputGradients(sums, self.tokens)
+
+
+class GradientStore:
+    """The files of the pass in `directory`: sums of each block, and hidden states meanwhile.
+
+    `seed` is the hash of what the sums depend on.
+    """
+
+    def __init__(self, directory: Path, seed: str) -> None:
+        self._directory, self._seed = directory, seed
+        self._seal = directory / SEAL
+        self._hashes: dict[str, str] = {}
+
+    def tokens(self) -> int | None:
+        """Return the number of tokens in the sums if all are here and as they were written."""
+        found = read_sealed(self._seal)
+        if found is None or found.get("seed") != self._seed:
+            return None
+        for name, known in found["files"].items():
+            path = self._directory / name
+            if not is_file(path) or file_hash(path) != known:
+                return None
+        return int(found["tokens"])
+
+    def begin(self) -> None:
+        """Discard what an earlier call has left."""
+        remove(self._seal)
+        remove(self._directory)
+        make_directory(self._directory, 0o700)
+
+    def save_states(self, block: int, states: Sequence[Tensor] | None) -> None:
+        """Write the hidden states of all pieces before a block."""
+        assert states is not None
+        save_tensors(self._states(block), list(states))
+
+    def take_states(self, block: int) -> list[Tensor]:
+        """Return the hidden states before a block, on the host, and remove their file."""
+        states: list[Tensor] = torch.load(self._states(block), weights_only=True)
+        remove(self._states(block))
+        return states
+
+    def save(self, block: int, sums: Mapping[str, Tensor]) -> None:
+        """Write the sums of the linears of a block, by name."""
+        path = self._sums(block)
+        self._hashes[path.name] = save_tensors(path, dict(sums))
+
+    def finish(self, tokens: int) -> None:
+        """Record that the sums are complete."""
+        content = {"seed": self._seed, "files": self._hashes, "tokens": tokens}
+        write_json(self._seal, sealed(content))
+
+    def read(self, layer: LayerPlan) -> Tensor:
+        """Return the sum of a layer, on the host."""
+        sums = torch.load(self._sums(layer.block), weights_only=True, mmap=True)
+        found: Tensor = sums[layer.name].clone()
+        return found
+
+    def _states(self, block: int) -> Path:
+        return self._directory / f"states-{block}"
+
+    def _sums(self, block: int) -> Path:
+        return self._directory / f"sums-{block}"
+
+
+def pieces_of(batches: Sequence[Batch]) -> list[Batch]:
+    """Return the first windows of the text, up to GRADIENT_TOKENS, in pieces of few tokens.
+
+    There is at least one window. The windows of a piece have equal lengths; a window with images is
+    a piece of its own.
+    """
+    pieces: list[Batch] = []
+    left = GRADIENT_TOKENS
+    for batch in batches:
+        if left <= 0:
+            break
+        if not isinstance(batch, Tensor):
+            pieces.append(batch)
+            left -= batch.ids.numel()
+            continue
+        length = batch.shape[1]
+        n_windows = max(1, left // length)
+        for piece in batch[:n_windows].split(max(1, TOKENS_OF_A_PIECE // length)):
+            pieces.append(piece)
+            left -= piece.numel()
+    return pieces
+
+
+class _Pass:
+    """One pass over this process's share of `pieces`, which has no pieces if there are few."""
+
+    def __init__(self, run: Run, pieces: Sequence[Batch], store: GradientStore | None) -> None:
+        self.run, self.stream, self.ranks = run, run.stream, run.ranks
+        self.store, self.n_pieces = store, len(pieces)
+        self.share = run.ranks.part(self.n_pieces)
+        self.pieces = pieces[self.share.start : self.share.stop]
+        earlier = pieces[: self.share.start]
+        self.first_token = sum(token_ids(piece).numel() for piece in earlier)
+
+    def carry_out(self, tokens: int) -> None:
+        """Sum the gradients of `tokens` tokens in all processes and write the sums."""
+        if self.store is not None:
+            self.store.begin()
+        words = counted(tokens, "token")
+        self.run.report(PhaseStarted("gradients", f"{words} forward"))
+        states = self._forward(self._embedded())
+        self.run.report(PhaseStarted("gradients", f"{words} backward"))
+        gradients = self._at_the_end(states, tokens)
+        del states
+        for done, index in enumerate(reversed(range(self.stream.n_blocks)), 1):
+            self._check_limits()
+            gradients = self._backward(index, gradients)
+            self.run.report(BlocksDone(done, self.stream.n_blocks))
+        if self.store is not None:
+            self.store.finish(tokens)
+
+    def _embedded(self) -> list[Tensor]:
+        """Return the hidden states before the first block."""
+        if not self.pieces:
+            return []
+        states = self.stream.embed(self.pieces)
+        if any(isinstance(state, tuple) for state in states) or any(self.stream.carried):
+            raise _no_gradient("its blocks hand on more than hidden states")
+        return [state for state in states if isinstance(state, Tensor)]
+
+    def _forward(self, states: list[Tensor]) -> list[Tensor]:
+        """Return the hidden states after the last block; those before each block are kept."""
+        for index in range(self.stream.n_blocks):
+            self._check_limits()
+            gathered = self.ranks.gather(states)
+            if self.store is not None:
+                self.store.save_states(index, gathered)
+            with self._block(index, index + 1) as block:
+                for number, state in enumerate(states):
+                    states[number] = _hidden(block.run(number, state))
+            self.run.report(BlocksDone(index + 1, self.stream.n_blocks))
+        return states
+
+    def _at_the_end(self, states: Sequence[Tensor], tokens: int) -> list[Tensor]:
+        """Return the gradient at the hidden states after the last block, for labels drawn there."""
+        # The same numbers on every type of device and for every number of processes
+        random = torch.Generator().manual_seed(self.run.config.seed)
+        drawn = torch.rand(tokens, generator=random)[self.first_token :]
+        gradients: list[Tensor] = []
+        if not states:
+            return gradients
+        n_tokens = max(1, LOGITS_AT_ONCE // self.stream.vocabulary_rows)
+        with self.stream.head() as logits, _differentiating("the output head"):
+            for state in states:
+                rows = state.flatten(0, 1)
+                own, drawn = drawn.split([len(rows), len(drawn) - len(rows)])
+                found = []
+                for few, uniform in zip(rows.split(n_tokens), own.split(n_tokens), strict=True):
+                    found.append(gradient_of_labels(logits, few, uniform))
+                gradients.append(torch.cat(found).view(state.shape))
+        return gradients
+
+    def _backward(self, index: int, gradients: Sequence[Tensor]) -> list[Tensor]:
+        """Return the gradients at the hidden states before a block, from those after it."""
+        saved = None
+        if self.store is not None:
+            saved = self.store.take_states(index)
+        states = self.ranks.scatter(saved, self.n_pieces)
+        sums = self._nothing_summed(index)
+        before = []
+        with self._block(index, index - 1) as block:
+            for number, (state, gradient) in enumerate(zip(states, gradients, strict=True)):
+                state = state.to(self.stream.device)
+                with _differentiating(f"`{self.stream.block_name(index)}`"):
+                    found, own = differentiate(block, number, state, gradient, list(sums))
+                before.append(own)
+                for name, of_outputs in found:
+                    sums[name].add(self.share.start + number, of_outputs)
+        written = {name: self._whole(name, seen).cpu() for name, seen in sums.items()}
+        if self.store is not None:
+            self.store.save(index, written)
+        return before
+
+    def _nothing_summed(self, index: int) -> dict[str, HessianOfBatches]:
+        """Return a sum without gradients for each loss-aware layer of a block."""
+        sums = {}
+        for layer in self.run.plan.loss_aware:
+            if layer.block == index:
+                rows, device = layer.out_features, self.stream.device
+                sums[layer.name] = HessianOfBatches(rows, device, limited=True)
+        return sums
+
+    def _whole(self, name: str, seen: HessianOfBatches) -> Tensor:
+        """Return the sum [O, O] over all processes."""
+        whole: HessianAccumulator = self.ranks.sum_hessians(seen, self.n_pieces)
+        if whole.first_not_finite() is not None:
+            raise _no_gradient(
+                f"the gradient at the outputs of `{name}` is not finite",
+                f"run the model in float32: --dtype float32, or {WITHOUT}",
+            )
+        return whole.hessian
+
+    @contextmanager
+    def _block(self, index: int, following: int) -> Iterator[LoadedBlock]:
+        """Load a block, whose tensors a backward pass can use; `following` is the next one."""
+        with ExitStack() as stack:
+            if not self.pieces:  # nothing to run here: only the sums of others
+                yield LoadedBlock(nn.Module(), {}, [])
+                return
+            block = stack.enter_context(self.stream.block(index, following))
+            for name, buffer in list(block.module.named_buffers()):
+                if buffer.is_inference():
+                    place(block.module, name, buffer.clone())
+            yield block
+
+    def _check_limits(self) -> None:
+        self.run.limits.check_time("the pass for gradients")
+        self.run.budget.memory.check_host()
+
+
+def gradient_of_labels(
+    logits: Callable[[Tensor, Tensor], Tensor], states: Tensor, uniform: Tensor
+) -> Tensor:
+    """Return the gradient [n, features] of the log-likelihood of a label for each of n states.
+
+    `logits` are those of `ModelStream.head`. The label of a state is the first one whose cumulated
+    probability is more than its number in `uniform` [n].
+    """
+    with torch.enable_grad():
+        hidden = states[None].clone().requires_grad_()
+        # Of the token ids the head needs the number only.
+        ids = torch.zeros(1, len(states), dtype=torch.long)
+        likelihoods = logits(ids, hidden)[0].float().log_softmax(-1)
+        labels = drawn_labels(likelihoods.detach(), uniform.to(likelihoods.device))
+        chosen = likelihoods.gather(-1, labels[:, None]).sum()
+        (gradient,) = torch.autograd.grad(chosen, hidden)
+    return gradient[0]
+
+
+def drawn_labels(likelihoods: Tensor, uniform: Tensor) -> Tensor:
+    """Return int64 [n], for each row the first label that cumulates more than `uniform` [n].
+
+    `likelihoods` [n, vocabulary] are logarithms of probabilities.
+    """
+    cumulated = likelihoods.exp().cumsum(-1)
+    wanted = uniform[:, None] * cumulated[:, -1:]
+    labels = torch.searchsorted(cumulated, wanted, right=True)[:, 0]
+    return labels.clamp(max=likelihoods.shape[-1] - 1)
+
+
+def differentiate(
+    block: LoadedBlock, number: int, state: Tensor, gradient: Tensor, names: Sequence[str]
+) -> tuple[list[tuple[str, Tensor]], Tensor]:
+    """Return the gradients at the outputs of the linears `names`, and at the input of the block.
+
+    `gradient` is the one at the block's output for `state`; `number` is that of the batch.
+    Raises InputError E_GRADIENT if a linear has no part in the output.
+    """
+    found: list[tuple[str, Tensor]] = []
+
+    def watch(name: str, _module: nn.Module, _args: object, output: Tensor) -> None:
+        # A hook of the tensor sees the gradient of the output itself, even if it is changed later.
+        output.register_hook(lambda received: found.append((name, received)))
+
+    handles = []
+    for name in names:
+        handles.append(block.linears[name].register_forward_hook(partial(watch, name)))
+    try:
+        with torch.enable_grad():
+            hidden = state.clone().requires_grad_()
+            call = differentiable(block.calls[number])
+            output = _hidden(call.run(block.module, hidden))
+            (before,) = torch.autograd.grad(output, hidden, gradient)
+    finally:
+        for handle in handles:
+            handle.remove()
+    for name in names:
+        if name not in dict(found):
+            raise _no_gradient(f"no gradient reaches the outputs of `{name}`")
+    return found, before
+
+
+def differentiable(call: Call) -> Call:
+    """Return the call with copies of its tensors that were made in inference mode."""
+
+    def usable(tensor: Tensor) -> Tensor:
+        if tensor.is_inference():
+            return tensor.clone()
+        return tensor
+
+    args = tree_map_only(Tensor, usable, call.args)
+    kwargs = tree_map_only(Tensor, usable, call.kwargs)
+    return Call(args, kwargs, call.positional, call.added)
+
+
+def _hidden(state: Any) -> Tensor:
+    found: Tensor = tree_leaves(state)[0]
+    return found
+
+
+@contextmanager
+def _differentiating(what: str) -> Iterator[None]:
+    """Turn an error of the model's own code, or of torch about it, into E_GRADIENT."""
+    try:
+        yield
+    except RuntimeError as error:
+        if out_of_memory(error) or gpu_lost(error):
+            raise
+        reason = str(error).strip().partition("\n")[0]
+        raise _no_gradient(f"{what} cannot be differentiated: {reason}") from error
+
+
+def _no_gradient(why: str, hint: str = WITHOUT) -> InputError:
+    return InputError("E_GRADIENT", f"loss_aware needs the model's gradient, but {why}", hint=hint)

@@ -1,0 +1,322 @@
+"""The streamed pass for gradients, against autograd on the whole model in memory."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+from transformers.models.llama import modeling_llama
+
+from gptq_cli.errors import InputError, PausedError
+from gptq_cli.events import BlocksDone, Event, PhaseStarted, Report
+from gptq_cli.quantization import gradients
+from gptq_cli.quantization.run import QuantizeResult, quantize_checkpoint
+from gptq_cli.solver.hessian import LONGEST
+from tests.architectures import build
+from tests.disks import CountingDisk, Killed, using
+from tests.families import save, save_model
+from tests.runs import calibration_ids, config, digest, quantize
+from tests.tiny import SMALL, WORK, Case, killer
+
+SETTINGS: dict[str, object] = {"loss_aware": True, "group_size": 16, "batch_size": 4}
+
+
+def dies_at(phase: str) -> Report:
+    """Return a listener that ends the run when a phase begins."""
+
+    def report(event: Event) -> None:
+        if isinstance(event, PhaseStarted) and event.name == phase:
+            raise Killed
+
+    return report
+
+
+def summed(model: Path, output: Path, **changes: object) -> dict[str, Tensor]:
+    """Return the sums that a run has written before its first block, by layer."""
+    with pytest.raises(Killed):
+        quantize_checkpoint(
+            str(model), output, config(**(SETTINGS | changes)), report=dies_at("embeddings")
+        )
+    found: dict[str, Tensor] = {}
+    for path in sorted((output.parent / f".{output.name}.gptq-work" / "gradients").glob("sums-*")):
+        found |= torch.load(path, weights_only=True)
+    return found
+
+
+def slow_labels(logits: Tensor, uniform: Tensor) -> list[int]:
+    labels = []
+    for row, number in zip(logits.double().softmax(-1), uniform.tolist(), strict=True):
+        cumulated, label = 0.0, -1
+        while cumulated <= number:
+            label += 1
+            cumulated += float(row[label])
+        labels.append(label)
+    return labels
+
+
+def slow_sums(model: Path, names: list[str], windows: Tensor, piece: int) -> dict[str, Tensor]:
+    """Return Σ g gᵀ from one backward pass through the whole model, token by token.
+
+    Tokens are limited among those of `piece` windows.
+    """
+    whole = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    outputs: dict[str, Tensor] = {}
+
+    def note(name: str) -> Callable[..., None]:
+        return lambda _module, _args, output: outputs.__setitem__(name, output)
+
+    for name in names:
+        whole.get_submodule(name).register_forward_hook(note(name))
+    logits = whole(windows, use_cache=False).logits.flatten(0, 1)
+    uniform = torch.rand(len(logits), generator=torch.Generator().manual_seed(0))
+    labels = torch.tensor(slow_labels(logits.detach(), uniform))
+    likelihood = logits.log_softmax(-1)[torch.arange(len(labels)), labels].sum()
+    found = torch.autograd.grad(likelihood, [outputs[name] for name in names])
+    sums = {}
+    for name, of_outputs in zip(names, found, strict=True):
+        total = torch.zeros(of_outputs.shape[-1], of_outputs.shape[-1])
+        for part in of_outputs.view(len(windows), -1, of_outputs.shape[-1]).split(piece):
+            total += slow_sum(part.flatten(0, 1))
+        sums[name] = total
+    return sums
+
+
+def slow_sum(tokens: Tensor) -> Tensor:
+    total = torch.zeros(tokens.shape[1], tokens.shape[1])
+    lengths = tokens.norm(dim=1)
+    limit = LONGEST * float(lengths.median())
+    for token, length in zip(tokens, lengths.tolist(), strict=True):
+        while length > limit:
+            token, length = token / 2, length / 2
+        total += torch.outer(token, token)
+    return total
+
+
+@pytest.mark.parametrize(
+    ("family", "n_layers"),
+    [("llama", 21), ("gemma2", 21), ("gpt2", 6), ("opt", 18), ("qwen3_moe", 8)],
+)
+def test_sums_equal_those_of_the_whole_model_in_memory(
+    family: str, n_layers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gradients, "TOKENS_OF_A_PIECE", 128)
+    monkeypatch.setattr(gradients, "LOGITS_AT_ONCE", 512 * 20)
+    model = save_model(tmp_path / "model", family)
+    found = summed(model, tmp_path / "out", moe_uncovered="rtn")
+    assert len(found) == n_layers
+    windows = calibration_ids(model, config(**SETTINGS))
+    expected = slow_sums(model, list(found), windows, piece=2)
+    for name, sums in found.items():
+        assert torch.allclose(sums, expected[name], rtol=1e-3, atol=1e-4 * float(sums.max())), name
+
+
+def test_the_pass_takes_the_first_windows_of_the_text(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gradients, "GRADIENT_TOKENS", 3 * 64)
+    model = save_model(tmp_path / "model")
+    found = summed(model, tmp_path / "out")
+    windows = calibration_ids(model, config(**SETTINGS))
+    expected = slow_sums(model, list(found), windows[:3], piece=3)
+    for name, sums in found.items():
+        assert torch.allclose(sums, expected[name], rtol=1e-3, atol=1e-4 * float(sums.max())), name
+
+
+def test_pieces_have_few_tokens_but_a_window_at_least() -> None:
+    short = [torch.zeros(8, 800), torch.zeros(8, 500), torch.zeros(80, 500)]
+    assert [len(piece) for piece in gradients.pieces_of(short)] == [1] * 8 + [2] * 4 + [2] * 5 + [1]
+    assert [len(piece) for piece in gradients.pieces_of([torch.zeros(2, 17000)])] == [1]
+    assert [len(piece) for piece in gradients.pieces_of([torch.zeros(3, 9000)])] == [1]
+    assert [len(piece) for piece in gradients.pieces_of([torch.zeros(2, 7)])] == [2]
+
+
+def test_labels_are_the_first_to_cumulate_more_than_their_numbers() -> None:
+    random = torch.Generator().manual_seed(1)
+    likelihoods = torch.randn(200, 13, generator=random).log_softmax(-1)
+    uniform = torch.rand(200, generator=random)
+    uniform[0], uniform[1] = 0, 1
+    labels = gradients.drawn_labels(likelihoods, uniform).tolist()
+    assert labels[0] == 0
+    assert labels[1] == 12
+    assert labels[2:] == slow_labels(likelihoods[2:], uniform[2:])
+
+
+def test_gradients_change_the_layers_that_they_are_for(tmp_path: Path) -> None:
+    model = save_model(tmp_path / "model", intermediate_size=192)
+    settings: dict[str, object] = {"preset": "gptq", "bits": 3, "true_sequential": False}
+    _, plain = quantize(tmp_path, model, **settings)
+    _, aware = quantize(tmp_path, model, **settings, loss_aware=True)
+    ratios = {layer.name: layer.loss_ratio for layer in aware.layers}
+    wide = [name for name in ratios if "gate" in name or "up" in name]
+    assert [name for name, ratio in ratios.items() if ratio is None] == wide
+    assert min(ratio for ratio in ratios.values() if ratio is not None) < 0.95
+    assert {layer.loss_ratio for layer in plain.layers} == {None}
+
+
+def test_a_layer_without_usable_inputs_is_rounded_to_nearest(tmp_path: Path) -> None:
+    model = save_model(tmp_path / "model", dtype=torch.float16)
+    weights = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float16)
+    weights.model.layers[0].mlp.up_proj.weight.data.mul_(3e4)
+    weights.save_pretrained(model)
+    settings = SETTINGS | {"on_numeric_fault": "rtn", "dtype": "float16"}
+    with pytest.raises(InputError) as caught:
+        quantize(tmp_path, model, **settings)
+    assert (caught.value.code, caught.value.exit_code) == ("E_GRADIENT", 3)
+    assert "is not finite" in str(caught.value)
+
+
+# ------------------------------------------------------------ refusals
+
+
+def refused(tmp_path: Path, model: Path, **changes: object) -> InputError:
+    with pytest.raises(InputError) as caught:
+        quantize_checkpoint(str(model), tmp_path / "out", config(**(SETTINGS | changes)))
+    assert (caught.value.code, caught.value.exit_code) == ("E_GRADIENT", 3)
+    assert not (tmp_path / WORK).exists()
+    return caught.value
+
+
+def test_a_block_without_a_derivative_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward = modeling_llama.LlamaDecoderLayer.forward
+    monkeypatch.setattr(modeling_llama.LlamaDecoderLayer, "forward", torch.no_grad()(forward))
+    error = refused(tmp_path, save_model(tmp_path / "model"))
+    assert str(error).startswith(
+        "loss_aware needs the model's gradient, but `model.layers.2` cannot be differentiated: "
+    )
+    assert error.hint == "leave out loss_aware (--no-loss-aware)"
+
+
+def test_a_linear_that_no_gradient_reaches_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward = modeling_llama.LlamaMLP.forward
+
+    def cut(self: nn.Module, hidden: Tensor) -> Tensor:
+        return forward(self, hidden).detach()
+
+    monkeypatch.setattr(modeling_llama.LlamaMLP, "forward", cut)
+    error = refused(tmp_path, save_model(tmp_path / "model"))
+    assert "no gradient reaches the outputs of `model.layers.2.mlp." in str(error)
+
+
+@pytest.mark.filterwarnings("ignore")  # the warnings of transformers do not matter here
+@pytest.mark.parametrize("model_type", ["gemma4_text", "zaya"])
+def test_blocks_that_hand_on_more_are_refused(model_type: str, tmp_path: Path) -> None:
+    model = save(build(model_type), tmp_path / "model")
+    error = refused(tmp_path, model, unfit="keep", moe_uncovered="rtn")
+    assert str(error).endswith("but its blocks hand on more than hidden states")
+
+
+# ------------------------------------------------------------ resuming
+
+
+@dataclass(frozen=True)
+class LossAware(Case):
+    """The smallest run, loss-aware."""
+
+    def run(self, output: Path, **changes: object) -> QuantizeResult:
+        return super().run(output, **({"loss_aware": True} | changes))
+
+
+@pytest.fixture(scope="module")
+def aware(tmp_path_factory: pytest.TempPathFactory) -> LossAware:
+    directory = tmp_path_factory.mktemp("aware")
+    model = save_model(directory / "model", **SMALL)
+    disk = CountingDisk()
+    with using(disk):
+        LossAware(model, {}, []).run(directory / "out")
+    return LossAware(model, digest(directory / "out"), disk.operations)
+
+
+def phases(events: list[Event]) -> list[str]:
+    return [event.name for event in events if isinstance(event, PhaseStarted)]
+
+
+def test_a_rerun_after_any_kill_writes_the_same_bytes(aware: LossAware, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    for last in aware.moments(every=False):
+        assert aware.interrupted(output, last)
+        with using(CountingDisk()):
+            aware.run(output)
+        assert digest(output) == aware.tree, f"another output after a kill at operation {last}"
+        assert [path.name for path in tmp_path.iterdir()] == ["out"]
+        shutil.rmtree(output)
+
+
+@pytest.mark.parametrize(("phase", "repeated"), [("gradients", True), ("embeddings", False)])
+def test_only_a_complete_pass_is_not_repeated(
+    phase: str, repeated: bool, aware: LossAware, tmp_path: Path
+) -> None:
+    with pytest.raises(Killed):
+        aware.run(tmp_path / "out", report=dies_at(phase))
+    assert (tmp_path / WORK).exists() is not repeated
+    events: list[Event] = []
+    aware.run(tmp_path / "out", report=events.append)
+    assert ("gradients" in phases(events)) is repeated
+    assert digest(tmp_path / "out") == aware.tree
+
+
+def test_a_resumed_block_uses_the_gradients_on_the_disk(aware: LossAware, tmp_path: Path) -> None:
+    with pytest.raises(Killed):
+        aware.run(tmp_path / "out", report=killer(0), max_seconds=1e6)
+    events: list[Event] = []
+    result = aware.run(tmp_path / "out", report=events.append)
+    assert result.resumed_blocks == 1
+    assert "gradients" not in phases(events)
+    assert digest(tmp_path / "out") == aware.tree
+
+
+def damage(work: Path) -> None:
+    path = work / "gradients" / "sums-1"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def remove(work: Path) -> None:
+    (work / "gradients" / "sums-0").unlink()
+
+
+@pytest.mark.parametrize("change", [damage, remove])
+def test_a_damaged_sum_is_summed_anew(
+    change: Callable[[Path], None], aware: LossAware, tmp_path: Path
+) -> None:
+    with pytest.raises(Killed):
+        aware.run(tmp_path / "out", report=dies_at("embeddings"))
+    change(tmp_path / WORK)
+    events: list[Event] = []
+    aware.run(tmp_path / "out", report=events.append)
+    assert phases(events).count("gradients") == 2
+    assert digest(tmp_path / "out") == aware.tree
+
+
+@pytest.mark.parametrize("changes", [{"seed": 1}, {"resume": "never"}])
+def test_gradients_of_another_run_are_not_used(
+    changes: dict[str, object], aware: LossAware, tmp_path: Path
+) -> None:
+    with pytest.raises(Killed):
+        aware.run(tmp_path / "out", report=dies_at("embeddings"))
+    events: list[Event] = []
+    aware.run(tmp_path / "out", report=events.append, **changes)
+    assert phases(events).count("gradients") == 2
+
+
+def test_each_block_of_the_pass_is_reported_twice(aware: LossAware, tmp_path: Path) -> None:
+    events: list[Event] = []
+    aware.run(tmp_path / "out", report=events.append)
+    passed = [event for event in events if isinstance(event, BlocksDone)]
+    assert passed == [BlocksDone(1, 2), BlocksDone(2, 2)] * 2
+
+
+def test_the_pass_ends_when_the_time_is_over(aware: LossAware, tmp_path: Path) -> None:
+    with pytest.raises(PausedError, match="the pass for gradients, which will start over"):
+        aware.run(tmp_path / "out", max_seconds=1e-6)
+    assert not (tmp_path / WORK).exists()
