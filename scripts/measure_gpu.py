@@ -12,14 +12,17 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from bench_engine import SEQLEN, Bench, forward_floor, forward_seconds
+from bench_engine import SEQLEN, Bench
 from common import argument_parser, write_json
-from shapes import SHAPES
+from shapes import SHAPES, Shape
 from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
+from work_floor import BlockWork, Text
 
 from gptq_cli.config.layer import LayerConfig
 from gptq_cli.solver import numerics, triton_launch
@@ -140,7 +143,8 @@ class Measurements:
         matrix = self.bench.random(size, size)
         peak = 2 * size**3 / self.bench.seconds(lambda: matrix @ matrix)
         seconds = forward_seconds(self.bench, shape, tokens)
-        share = forward_floor(shape, tokens, {"gemm": peak}) / seconds
+        text = Text(tokens, min(SEQLEN, tokens))
+        share = BlockWork(shape, LayerConfig(), text).parts["forward"]["bfloat16"] / peak / seconds
         return {"seconds": seconds, "peak": peak, "share": share}
 
     def solver(self) -> dict[str, Any]:
@@ -189,6 +193,18 @@ class Measurements:
             "dequantize": self.bench.seconds(dequantized),
             "both": self.bench.seconds(lambda: inputs @ dequantized().T),
         }
+
+
+def forward_seconds(bench: Bench, shape: Shape, tokens: int) -> float:
+    """Return the seconds of one block over windows of as many tokens, all at once."""
+    settings = replace(shape, vocabulary=32).config(1)
+    config = AutoConfig.for_model(str(settings.pop("model_type")), **settings)
+    with torch.device(bench.device):
+        model = AutoModelForCausalLM.from_config(config, dtype=bench.dtype).model.eval()
+    seqlen = min(SEQLEN, tokens)
+    hidden = bench.random(tokens // seqlen, seqlen, shape.hidden)
+    with torch.inference_mode():
+        return bench.seconds(lambda: model(inputs_embeds=hidden, use_cache=False))
 
 
 def main() -> int:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+from argparse import Namespace
+from collections.abc import Iterator
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -11,6 +13,7 @@ from types import ModuleType
 import pytest
 from torch import nn
 
+from gptq_cli.events import BlockFinished, BlockStarted
 from gptq_cli.runtime import memory
 from tests.families import save_model
 
@@ -83,3 +86,53 @@ def test_forwards_are_compared_with_a_replay_of_each_stage(
     replay = bench.quantize(str(model), str(tmp_path / "replay"), "replay")
     assert lockstep["executions"] < 2 < replay["executions"]
     assert lockstep["sha256"] == replay["sha256"]
+
+
+class Ticking:
+    """A device on which a second passes with each `work`."""
+
+    def __init__(self) -> None:
+        self.time = 0.0
+
+    def now(self) -> float:
+        return self.time
+
+    def work(self) -> None:
+        self.time += 1
+
+
+def test_a_part_inside_another_is_charged_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench, device = script("bench_engine", monkeypatch), Ticking()
+    watch = bench.Stopwatch(device)
+
+    def forwards() -> Iterator[int]:
+        for batch in range(3):
+            device.work()
+            yield batch
+        device.work()
+
+    def gather() -> None:
+        for _ in watch.timed("forward", forwards)():
+            device.work()
+            device.work()
+
+    timed = watch.timed("hessian", gather)
+    for index in range(3):
+        watch(BlockStarted(index, 3, "block"))
+        device.work()
+        timed()
+        watch(BlockFinished(index, 3, "block", 1.0, 0, 0))
+        device.work()
+    seconds = {"forward": 4.0, "hessian": 6.0, "other": 1.0}
+    assert watch.blocks == [seconds, seconds]  # not of the first block
+
+
+def test_the_parts_of_a_block_are_those_of_a_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = script("bench_engine", monkeypatch)
+    arguments = Namespace(bits=4, group_size=32, preset="best")
+    device = bench.Bench("cpu", 1)
+    settings = bench.settings(arguments, device, 64)
+    (block,) = bench.measure_blocks(device, bench.SHAPES["tiny-moe"], settings)
+    least = bench.floors(bench.SHAPES["tiny-moe"], settings.base, bench.Text(64, 16), bench.H100)
+    assert set(block) == {*least, "other"}
+    assert all(seconds > 0 for seconds in block.values())
