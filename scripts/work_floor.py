@@ -13,15 +13,16 @@ shift     (x₀ - x) xᵀ in bfloat16, if the layers follow the unquantized mode
 factor    I³ / 3 operations in the precision of float32
 follow    the products and triangular solutions of the corrected weight, in that of float32
 search    each candidate for the scale once on each weight
-columns   the feedback between columns, half a product in TF32; each weight rounded once
-refine    one product in TF32 for all scales and one for each sweep, which rounds each weight again
+columns   the feedback between columns, half a product; each weight rounded once
+refine    one product for all scales and one for each sweep, which rounds each weight again
 errors    half a product for the energy of a weight and half for that of its error, in float32's
 put back  codes read and weights written once
 pack      codes read and packed codes written once
 copy      weights from the host or packed codes to it, whichever takes longer, beside other parts
 
-Products in the precision of float32 are three of bfloat16, or one in float32 if that is faster.
-Routers and norms are left out.
+A product is that of the weights with a matrix [I, I]. Those of `columns` and `refine` take factors
+of 16 bits, as the program takes of float16; those in the precision of float32 are three of
+bfloat16, or one in float32 if that is faster. Routers and norms are left out.
 """
 
 from __future__ import annotations
@@ -105,7 +106,7 @@ class BlockWork:
         coded = config.bits / 8 * weights
         products = streams * 2 * weights * tokens
         self._add("forward", bfloat16=products, bytes=streams * WEIGHT * weights)
-        self._add("columns", tf32=product / 2, bytes=(WEIGHT + CODE) * weights, rounded=weights)
+        self._add("columns", bfloat16=product / 2, bytes=(WEIGHT + CODE) * weights, rounded=weights)
         self._add("errors", float32=product, bytes=(WEIGHT + CODE) * weights)
         self._add("put back", bytes=(CODE + WEIGHT) * weights)
         self._add("pack", bytes=CODE * weights + coded)
@@ -117,7 +118,7 @@ class BlockWork:
             sweeps = 1 + config.refine_sweeps
             moved = sweeps * 2 * FLOAT * weights
             rounded = config.refine_sweeps * weights
-            self._add("refine", tf32=sweeps * product, bytes=moved, rounded=rounded)
+            self._add("refine", bfloat16=sweeps * product, bytes=moved, rounded=rounded)
         if config.follows_original:
             solutions = 2
             if config.asymmetric_calibration == "auto":
@@ -141,8 +142,7 @@ def floors(shape: Shape, config: LayerConfig, text: Text, rates: DeviceRates) ->
     exact = max(rates.float32, rates.bfloat16 / 3)
     found = {}
     for name, work in BlockWork(shape, config, text).parts.items():
-        products = work["bfloat16"] / rates.bfloat16 + work["tf32"] / rates.tf32
-        products += work["float32"] / exact
+        products = work["bfloat16"] / rates.bfloat16 + work["float32"] / exact
         moving = work["bytes"] / rates.memory
         stepping = work["rounded"] / rates.column_rows + work["tried"] / rates.candidates
         copying = max(work["to_device"], work["to_host"]) / rates.pinned_copy

@@ -154,7 +154,7 @@ def test_no_part_takes_less_than_its_floor(script: ModuleType, balanced: dict[st
 
 def one_rate(script: ModuleType, name: str) -> Any:
     """Return rates at which only one kind of work takes time: a second for each unit."""
-    kinds = ("bfloat16", "tf32", "memory", "column_rows", "candidates", "pinned_copy")
+    kinds = ("bfloat16", "memory", "column_rows", "candidates", "pinned_copy")
     return replace(script.H100, **(dict.fromkeys(kinds, math.inf) | {name: 1.0, "float32": 0.0}))
 
 
@@ -183,7 +183,7 @@ def test_the_floor_of_products_is_that_of_each_linear(shape: str, script: Module
     pairs = sum(position + 1 for position in range(64)) * (TOKENS // 64)
     widths = {"tiny": 4 * 64, "tiny-moe": 4 * 64, "tiny-latent": 4 * (32 + 32 + 32)}
     forward, hessian = 2.0 * pairs * widths[shape], 0.0
-    tf32, weights = 0.0, 0
+    feedback, weights = 0.0, 0
     for name, (rows, columns) in sizes.items():
         tokens = TOKENS
         if ".experts." in name:
@@ -191,14 +191,13 @@ def test_the_floor_of_products_is_that_of_each_linear(shape: str, script: Module
         forward += 2 * tokens * rows * columns
         if not name.endswith(SHARE_AN_INPUT):
             hessian += tokens * columns * (columns + 1)
-        tf32 += rows * columns**2
+        feedback += rows * columns**2
         weights += rows * columns
     products = floors_of(script, shape, "balanced", "bfloat16")
     assert products["forward"] == pytest.approx(forward)
     assert products["hessian"] == pytest.approx(hessian)
-    feedback = floors_of(script, shape, "balanced", "tf32")
-    assert feedback["columns"] == tf32
-    assert feedback["refine"] == 5 * 2 * tf32
+    assert products["columns"] == feedback
+    assert products["refine"] == 5 * 2 * feedback
     assert floors_of(script, shape, "balanced", "candidates")["search"] == 50 * weights
     assert floors_of(script, shape, "balanced", "column_rows")["refine"] == 4 * weights
 
