@@ -20,6 +20,7 @@ Nothing here is measured. `--rates` shows the rates and where they are from.
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import sys
@@ -323,6 +324,12 @@ def table(found: dict[str, Any]) -> Iterator[str]:
     yield f"a block takes {time}; {floor}: {launches}; {waits}; {peak}"
 
 
+def all_cases(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Yield the figures of each shape with each preset."""
+    for shape, preset in product(arguments.shape, arguments.preset):
+        yield case_of(shape, preset, arguments.group_size)
+
+
 def case_of(shape: str, preset: str, group_size: int) -> dict[str, Any]:
     """Return what is counted of one block, and the estimate of a whole run."""
     settings: dict[str, Any] = {"preset": preset, "group_size": group_size}
@@ -399,6 +406,8 @@ def main() -> int:
     parser.add_argument("--shape", nargs="+", choices=sorted(SHAPES), default=["llama-3-8b"])
     parser.add_argument("--preset", nargs="+", choices=PRESETS, default=["balanced"])
     parser.add_argument("--group-size", type=int, default=128)
+    about = "show the figures that --json has printed into this file; count nothing"
+    parser.add_argument("--figures", type=Path, metavar="FILE", help=about)
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
     parser.add_argument("--markdown", action="store_true", help="print tables for the documents")
     parser.add_argument("--whole-run", action="store_true", help="show the parts of a whole run")
@@ -407,9 +416,11 @@ def main() -> int:
     if arguments.rates:
         print("\n".join(table_of_rates(H100)))
         return 0
-    cases = []
-    for shape, preset in product(arguments.shape, arguments.preset):
-        cases.append(case_of(shape, preset, arguments.group_size))
+    if arguments.figures:
+        content = json.loads(arguments.figures.read_text())
+        cases = content.get("cases", [content])
+    else:
+        cases = list(all_cases(arguments))
     if arguments.json:
         content = {"cases": cases}
         if len(cases) == 1:

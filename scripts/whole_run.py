@@ -10,7 +10,7 @@ copy      tensors that are not quantized are copied after the last block: while 
           quantized, another thread could do this
 verify    the output is read back and hashed tensor by tensor
 manifest  each file of the output is hashed by one thread: smaller files (`--max-shard-size 1GB`)
-          share the threads better, and the pass of `verify` could hash them as well
+          share the threads better
 """
 
 from __future__ import annotations

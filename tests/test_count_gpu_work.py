@@ -229,6 +229,35 @@ def test_each_weight_is_moved_once_at_least(script: ModuleType) -> None:
     assert script.floor_of_block({"forward": 3.0, "columns": 2.0, "copy": 6.0}) == 6
 
 
+def test_a_whole_run_is_its_blocks_and_what_is_around_them(script: ModuleType) -> None:
+    shape, config = script.SHAPES["tiny"], QuantizeConfig(bits=4, group_size=32, nsamples=4)
+    quick = script.whole_run(shape, config, script.H100, 0.0)
+    slow = script.whole_run(shape, config, script.H100, 3.0)
+    assert (slow["parts"].pop("blocks"), quick["parts"].pop("blocks")) == (2 * 3.0, 0.0)
+    # the hidden states of two blocks, 4 x 2048 x 128 numbers of 16 bits
+    saved = slow["parts"].pop("saving")
+    assert saved == pytest.approx(2 * 4 * 2048 * 128 * 2 / script.H100.disk_writes)
+    assert quick["parts"].pop("saving") == 0
+    assert slow["parts"] == quick["parts"]
+    assert slow["parts"]["start"] == script.H100.import_seconds
+    assert slow["run_seconds"] == pytest.approx(6.0 + saved + quick["run_seconds"])
+    *_, last = script.lines_of_run(slow, 2)
+    assert last.startswith(f"a run of 2 blocks takes {slow['run_seconds']:.0f} s (estimated); ")
+
+
+def test_the_documents_have_the_tables_of_the_counted_figures(
+    script: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = SCRIPTS.parent / "docs" / "benchmarks"
+    figures = str(folder / "gpu-work.json")
+    monkeypatch.setattr(sys, "argv", ["count", "--figures", figures, "--markdown"])
+    assert script.main() == 0
+    tables = capsys.readouterr().out.split("\n\n")
+    page = (folder / "README.md").read_text(encoding="utf-8")
+    assert len(tables) == 5
+    assert [table for table in tables if table.strip() not in page] == []
+
+
 def test_the_table_says_that_its_time_is_estimated(
     script: ModuleType, balanced: dict[str, Any]
 ) -> None:

@@ -71,8 +71,11 @@ class DeviceRates:
     hessians_per_product: float = _rate(
         1.3, "times that Hessians take as long as their products, counted for 8B"
     )
+    wide_cholesky: float = _rate(
+        60e12, "Cholesky factors by panels on tensor cores, from 8192 columns on, counted for 8B"
+    )
     rounding: float = _rate(
-        1.0e10,
+        0.9e10,
         "weights that are rounded once in a second, with the launches around it, counted for 8B",
     )
     layer_seconds: float = _rate(3e-4, "seconds of the host for the launches of a small layer")
@@ -105,7 +108,8 @@ def cost_model(rates: DeviceRates) -> Rates:
         hessian=product / rates.hessians_per_product,
         shift=product,
         factor=rates.cholesky / 2,
-        solve=rates.tf32 / 2,
+        wide_factor=rates.wide_cholesky / 2,
+        solve=product,
         columns=rates.rounding,
         network=rates.between_devices,
         disk=rates.disk,

@@ -609,6 +609,10 @@ def shift_cost(in_features: int, tokens: float, written: int = 0) -> float:
     return tokens * in_features * (in_features + written)
 
 
+# From so many columns on, a GPU factorises by panels (`BLOCKED_FROM` of the solver)
+WIDE_FACTOR = 8192
+
+
 def factor_cost(in_features: int) -> float:
     """Return the cost of one Cholesky factorization."""
     return in_features**3 / 6
@@ -666,7 +670,8 @@ def expert_cost(layers: Iterable[LayerPlan], tokens: float) -> float:
 class Rates:
     """The work that one device does in a second.
 
-    `forward`, `hessian`, `shift`, `factor` and `solve` count multiplications with an addition,
+    `forward`, `hessian`, `shift`, `factor` and `solve` count multiplications with an addition, and
+    `wide_factor` those of a factor from WIDE_FACTOR columns on, None if it is as `factor`;
     `columns` weights that are rounded once, `disk` bytes read, `writes` bytes written and made
     durable, `network` bytes sent to other devices. `hashes` are bytes that `hash_threads` threads
     hash together, one file each. `layer` are seconds of the host for each layer, `start` those
@@ -682,6 +687,7 @@ class Rates:
     disk: float
     network: float = math.inf
     shift: float = math.inf
+    wide_factor: float | None = None
     writes: float = math.inf
     hashes: float = math.inf
     hash_threads: int = 1
@@ -878,10 +884,16 @@ def _stage_seconds(
     return Seconds(
         forward=streams * forward,
         hessian=hessian * hessian_share,
-        factor=factor_cost(n) * factor_share / rates.factor,
+        factor=factor_cost(n) * factor_share / _factor_rate(n, rates),
         solve=(solving / rates.solve + columns + launching) * solve_share,
         network=sent * (devices - 1) / devices / rates.network,
     )
+
+
+def _factor_rate(in_features: int, rates: Rates) -> float:
+    if rates.wide_factor is None or in_features < WIDE_FACTOR:
+        return rates.factor
+    return rates.wide_factor
 
 
 def _rows(layers: Iterable[LayerPlan]) -> int:

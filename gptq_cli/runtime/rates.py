@@ -73,10 +73,14 @@ def measure_rates(
     products = solve_products(config) * product
     # Products inside the solver may be faster than alone, so the difference may be too small.
     rounding = max(solving - products, solving / 100)
+    wide_factor = None
+    if device.type == "cuda":  # most of its work is products
+        wide_factor = rows * columns**2 / product
     return Rates(
         forward=rows * columns * TOKENS / forward / FORWARDS_PER_PRODUCT[device.type],
         hessian=hessian_cost(columns, TOKENS) / adding,
         factor=factor_cost(columns) / factoring,
+        wide_factor=wide_factor,
         solve=rows * columns**2 / product,
         columns=rows * columns * (1 + config.refine_sweeps) / rounding,
         disk=_reading_rate(file),

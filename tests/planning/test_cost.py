@@ -15,6 +15,7 @@ from gptq_cli.config.layer import LayerConfig
 from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.planning.device_rates import H100, cost_model, described
 from gptq_cli.planning.estimate import (
+    WIDE_FACTOR,
     Calibration,
     Rates,
     Term,
@@ -30,6 +31,7 @@ from gptq_cli.planning.estimate import (
 from gptq_cli.planning.plan import plan_run
 from gptq_cli.planning.run_plan import LayerPlan
 from gptq_cli.runtime.rates import measure_rates
+from gptq_cli.solver.factor import BLOCKED_FROM
 from tests.families import save_model
 from tests.quantization.test_routed_experts import save_mixture
 from tests.runs import config
@@ -145,6 +147,14 @@ def test_a_drift_is_a_product_with_each_output_and_is_sent() -> None:
     assert sent[0] - sent[1] == (12 + 2 * 4 * 2 * 12 * 64) / 2
 
 
+def test_wide_layers_are_factorised_at_a_rate_of_their_own() -> None:
+    assert WIDE_FACTOR == BLOCKED_FROM
+    for columns, rate in ((WIDE_FACTOR - 1, 1.0), (WIDE_FACTOR, 4.0)):
+        layer = linear("a.up_proj", 16, columns, PLAIN)
+        seconds = estimate_seconds([layer], TEXT, 1, 0, replace(ONE, wide_factor=4.0))
+        assert seconds.factor == columns**3 / 6 / rate
+
+
 def test_each_layer_costs_launches_and_each_run_a_start(tmp_path: Path) -> None:
     layers = [linear(f"a.{name}_proj", 16, 12, PLAIN) for name in ("q", "k")]
     quick = estimate_seconds(layers, TEXT, 1, 0, ONE).solve
@@ -185,9 +195,9 @@ def test_a_file_is_hashed_by_one_thread_while_kernels_compile(tmp_path: Path) ->
 
 
 def test_the_cost_model_takes_half_the_operations_of_an_h100() -> None:
-    rates = cost_model(replace(H100, bfloat16=8.0, tf32=6.0, cholesky=4.0, hashes=3.0))
+    rates = cost_model(replace(H100, bfloat16=8.0, cholesky=4.0, hashes=3.0))
     assert rates.forward * H100.forwards_per_product == 4
-    assert (rates.shift, rates.solve, rates.factor) == (4, 3, 2)
+    assert (rates.shift, rates.solve, rates.factor) == (4, 4, 2)
     assert rates.hashes == 3 * H100.hash_threads
 
 
