@@ -245,19 +245,6 @@ def test_a_whole_run_is_its_blocks_and_what_is_around_them(script: ModuleType) -
     assert last.startswith(f"a run of 2 blocks takes {slow['run_seconds']:.0f} s (estimated); ")
 
 
-def test_the_documents_have_the_tables_of_the_counted_figures(
-    script: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    folder = SCRIPTS.parent / "docs" / "benchmarks"
-    figures = str(folder / "gpu-work.json")
-    monkeypatch.setattr(sys, "argv", ["count", "--figures", figures, "--markdown"])
-    assert script.main() == 0
-    tables = capsys.readouterr().out.split("\n\n")
-    page = (folder / "README.md").read_text(encoding="utf-8")
-    assert len(tables) > 2
-    assert [table for table in tables if table.strip() not in page] == []
-
-
 def test_the_table_says_that_its_time_is_estimated(
     script: ModuleType, balanced: dict[str, Any]
 ) -> None:
