@@ -65,7 +65,7 @@ TIMED: dict[str, list[tuple[object, str]]] = {
         (layers.Inputs, "of"),
         (layers.Inputs, "of_experts"),
     ],
-    "shift": [(HessianAccumulator, "_add_halves")],
+    "shift": [(HessianAccumulator, "_add_halves"), (HessianAccumulator, "_add_rows")],
     "factor": [(layers, "prepare")],
     "follow": [(layers, "follow_original")],
     "search": [(solve, "choose_grid")],
@@ -73,7 +73,7 @@ TIMED: dict[str, list[tuple[object, str]]] = {
     "refine": [(solve, "refine")],
     "errors": [(solve, "_measured"), (solve, "_measured_by_expert"), (solve, "check_decoded")],
     "put back": [(layers.LayerSolver, "put_back"), (layers.LayerSolver, "put_back_together")],
-    "pack": [(run, "_write_layer")],
+    "pack": [(run, "_write_layers")],
     "copy": [(ModelStream, "_load"), (ModelStream, "linear_weight")],
 }
 
