@@ -13,10 +13,12 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 from transformers.models.llama import modeling_llama
 
+from gptq_cli.config.layer import LayerConfig
 from gptq_cli.errors import InputError, PausedError
 from gptq_cli.events import BlocksDone, Event, PhaseStarted, Report
-from gptq_cli.quantization import gradients
+from gptq_cli.quantization import gradients, layers
 from gptq_cli.quantization.run import QuantizeResult, quantize_checkpoint
+from gptq_cli.solver.factor import HessianFactor, NotPositiveDefiniteError
 from gptq_cli.solver.hessian import LONGEST
 from tests.architectures import build
 from tests.disks import CountingDisk, Killed, using
@@ -159,7 +161,24 @@ def test_gradients_change_the_layers_that_they_are_for(tmp_path: Path) -> None:
     assert {layer.loss_ratio for layer in plain.layers} == {None}
 
 
-def test_a_layer_without_usable_inputs_is_rounded_to_nearest(tmp_path: Path) -> None:
+def test_a_layer_rounded_to_nearest_does_without_gradients(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usual = layers.prepare
+
+    def refuse_first(hessian: Tensor, settings: LayerConfig, tokens: list[int]) -> HessianFactor:
+        if tokens != [0]:  # which stands for a Hessian that was given up
+            raise NotPositiveDefiniteError(0.1)
+        return usual(hessian, settings, tokens)
+
+    monkeypatch.setattr(layers, "prepare", refuse_first)
+    model = save_model(tmp_path / "model", num_hidden_layers=1)
+    _, result = quantize(tmp_path, model, loss_aware=True, on_numeric_fault="rtn")
+    assert [layer.fallback for layer in result.layers] == ["hessian"] * 7
+    assert {layer.loss_ratio for layer in result.layers} == {None}
+
+
+def test_gradients_that_are_not_finite_are_refused(tmp_path: Path) -> None:
     model = save_model(tmp_path / "model", dtype=torch.float16)
     weights = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float16)
     weights.model.layers[0].mlp.up_proj.weight.data.mul_(3e4)
