@@ -387,10 +387,22 @@ class _Flow:
         def hook(_module: nn.Module, _args: tuple[Any, ...], output: object) -> None:
             tensor = first_tensor(output)
             if tensor is not None:
+                self._show_zeros(tensor)
                 made = (len(self._inputs), self._copied(tensor))
                 self._outputs.setdefault(name, []).append(made)
 
         return hook
+
+    def _show_zeros(self, output: Tensor) -> None:
+        """Replace an output of zeros by ones, because adding zeros shows nothing.
+
+        Some models have blocks that change nothing, such as those with which a model was made
+        deeper. What is found must not depend on the block of a kind that is probed: a run that
+        resumes probes another one.
+        """
+        with self._storages.uncounted():
+            if not output.any():
+                output.fill_(1)
 
     def _copied(self, tensor: Tensor) -> _Rows:
         with self._storages.uncounted():

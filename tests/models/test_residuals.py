@@ -140,6 +140,16 @@ def test_nothing_is_found_where_a_sum_is_another(
     assert found == {}, name
 
 
+def test_linears_of_zeros_are_found_to_write() -> None:
+    block, x = Block(usual), torch.randn(2, 5, 8)
+    for linear in (block.first, block.last):
+        for parameter in linear.parameters():
+            parameter.zero_()
+    found = probe_block(block.linears, lambda: block(x), block).residuals
+    assert found == {"first": "", "last": "next_norm"}
+    assert torch.equal(block(x), x)
+
+
 def test_a_linear_called_twice_has_no_residual() -> None:
     block, x = Block(twice), torch.randn(2, 5, 8)
     found = probe_block(block.linears, lambda: block(x), block).residuals

@@ -23,7 +23,7 @@ from gptq_cli.runtime.open_model import HiddenStates
 from gptq_cli.runtime.ranks import Ranks
 from tests.architectures import build
 from tests.disks import CountingDisk, DyingDisk, FailingDisk, Killed, using
-from tests.families import save, save_model, written
+from tests.families import random_model, save, save_model, written
 from tests.runs import config, digest
 from tests.tiny import SMALL, WORK, Case, kill_after_block, killer
 
@@ -105,6 +105,19 @@ def test_unused_blocks_in_the_file_are_no_steps_of_the_run(lm_head: bool, tmp_pa
     assert resumed == [(2 + lm_head, 2 + lm_head)]
     assert not [event for event in events if isinstance(event, BlockStarted | LayerStarted)]
     assert {layer.block for layer in result.layers} == set(range(2 + lm_head))
+
+
+@pytest.mark.parametrize("block", [0, 1])
+def test_a_block_that_adds_zeros_changes_no_other(block: int, tmp_path: Path) -> None:
+    model = random_model("llama", **SMALL | {"num_hidden_layers": 4})
+    with torch.no_grad():
+        model.model.layers[block].self_attn.o_proj.weight.zero_()
+    case = Case(save(model, tmp_path / "model"), {}, [])
+    case.run(tmp_path / "whole", preset="best", nsamples=4)
+    with pytest.raises(Killed):
+        case.run(tmp_path / "out", preset="best", nsamples=4, report=killer(0))
+    case.run(tmp_path / "out", preset="best", nsamples=4)
+    assert digest(tmp_path / "out") == digest(tmp_path / "whole")
 
 
 def test_a_rerun_does_not_touch_a_complete_output(case: Case, tmp_path: Path) -> None:
