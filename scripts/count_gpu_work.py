@@ -3,6 +3,7 @@
 
     .venv/bin/python scripts/count_gpu_work.py --shape llama-3-8b --preset balanced [--json]
     .venv/bin/python scripts/count_gpu_work.py --shape llama-3-8b --whole-run
+    .venv/bin/python scripts/count_gpu_work.py --shape llama-3-8b --memory 16GB
 
 Needs no GPU: the program itself runs on a simulated device (`tests/counting_gpu.py`) whose tensors
 have shapes but no numbers, so that a block of full size passes in seconds. Every operation, every
@@ -13,7 +14,8 @@ them out in order; a part gets the time by which its operations move the end of 
 The floor beside it is the least time of the work itself: of each part, products at their highest
 rate or bytes moved once, whichever takes longer. `work_floor.py` lists the rule of each part.
 
-`--whole-run` adds what is done before and after the blocks, as `whole_run.py` lists it.
+`--whole-run` adds what is done before and after the blocks, as `whole_run.py` lists it. The exit
+code is 1 if the tensors of a block take more than `--memory`.
 
 Nothing here is measured. `--rates` shows the rates and where they are from.
 """
@@ -44,6 +46,7 @@ from work_floor import Text, floor_of_block, floors
 
 from gptq_cli.checkpoint import writer as checkpoint_writer
 from gptq_cli.checkpoint.writer import CheckpointWriter
+from gptq_cli.config.fields import size_in_bytes
 from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.events import BlockFinished, BlockStarted, Event
 from gptq_cli.planning.checks import RunOptions, prepare_run
@@ -67,7 +70,7 @@ from tests.families import text_file
 
 PRESETS = ("gptq", "balanced", "best")
 BLOCKS = 2  # the first one runs once more, to show its stages; the last one is counted
-MEMORY = 80 * 10**9
+MEMORY = 80 * 10**9  # bytes of the device, unless `--memory` names others
 
 
 # Kernels that take columns in turn, and an argument with as many numbers as they round
@@ -226,12 +229,17 @@ class NoStore:
         del block, batches
 
 
-def count(shape: Shape, rates: DeviceRates, **settings: Any) -> dict[str, Any]:
-    """Return the counts and the estimate of one block of `shape`, quantized with `settings`."""
+def count(
+    shape: Shape, rates: DeviceRates, *, memory: int = MEMORY, **settings: Any
+) -> dict[str, Any]:
+    """Return the counts and the estimate of one block of `shape`, quantized with `settings`.
+
+    The device has `memory` bytes, by which the program cuts the work; it may still take more.
+    """
     usual = {"bits": 4, "device": "cuda", "dataset": text_file(), "moe_uncovered": "rtn"}
     config = QuantizeConfig(**(usual | settings))
     clock = Clock(rates)
-    with tempfile.TemporaryDirectory() as folder, counting_gpu(MEMORY) as gpu:
+    with tempfile.TemporaryDirectory() as folder, counting_gpu(memory) as gpu:
         gpu.on_operation, gpu.on_wait = clock.add, clock.wait
         model = Path(folder) / "model"
         write_sparse_model(model, shape, BLOCKS)
@@ -318,7 +326,7 @@ def table(found: dict[str, Any]) -> Iterator[str]:
         yield f"{name:10} {in_ms} {counts} {work}"
     waits = f"{found['waits']} waits, {found['waits_behind']} more of other threads"
     launches = f"{found['launches']} launches, {found['kernels']} of them of Triton"
-    peak = f"peak {found['peak_device_bytes'] / 1e9:.1f} GB"
+    peak = f"peak {found['peak_device_bytes'] / 1e9:.1f} GB of tensors"
     time = f"{found['block_seconds']:.2f} s (estimated from public rates of an H100, not measured)"
     floor = f"its floor is {found['floor_seconds']:.2f} s"
     yield f"a block takes {time}; {floor}: {launches}; {waits}; {peak}"
@@ -327,16 +335,16 @@ def table(found: dict[str, Any]) -> Iterator[str]:
 def all_cases(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Yield the figures of each shape with each preset."""
     for shape, preset in product(arguments.shape, arguments.preset):
-        yield case_of(shape, preset, arguments.group_size)
+        yield case_of(shape, preset, arguments.group_size, arguments.memory)
 
 
-def case_of(shape: str, preset: str, group_size: int) -> dict[str, Any]:
+def case_of(shape: str, preset: str, group_size: int, memory: int) -> dict[str, Any]:
     """Return what is counted of one block, and the estimate of a whole run."""
     settings: dict[str, Any] = {"preset": preset, "group_size": group_size}
-    found = count(SHAPES[shape], H100, **settings)
+    found = count(SHAPES[shape], H100, memory=memory, **settings)
     config = QuantizeConfig(bits=4, **settings)
     run = whole_run(SHAPES[shape], config, H100, found["block_seconds"])
-    return {"shape": shape, "preset": preset, **found, "run": run}
+    return {"shape": shape, "preset": preset, "memory": memory, **found, "run": run}
 
 
 def all_tables(cases: Sequence[dict[str, Any]], *, whole_runs: bool) -> Iterator[str]:
@@ -401,11 +409,24 @@ def _cells(part: Mapping[str, Any] | None) -> str:
     return f"{times} {part['launches']:,} | {part['waits']} |"
 
 
+def exit_code(cases: Sequence[dict[str, Any]]) -> int:
+    """Return 1 if the tensors of a block do not fit into the memory, and say so."""
+    code = 0
+    for case in cases:
+        if case["peak_device_bytes"] > case["memory"]:
+            name = f"{case['shape']} with preset {case['preset']}"
+            print(f"error: a block of {name} takes more memory", file=sys.stderr)
+            code = 1
+    return code
+
+
 def main() -> int:
     parser = argument_parser(__doc__)
     parser.add_argument("--shape", nargs="+", choices=sorted(SHAPES), default=["llama-3-8b"])
     parser.add_argument("--preset", nargs="+", choices=PRESETS, default=["balanced"])
     parser.add_argument("--group-size", type=int, default=128)
+    about = "memory of the GPU, such as 16GB (default: 80GB); its other rates stay those of an H100"
+    parser.add_argument("--memory", type=size_in_bytes, default=MEMORY, metavar="SIZE", help=about)
     about = "show the figures that --json has printed into this file; count nothing"
     parser.add_argument("--figures", type=Path, metavar="FILE", help=about)
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
@@ -430,7 +451,7 @@ def main() -> int:
         print("\n".join(all_markdown(cases)))
     else:
         print("\n".join(all_tables(cases, whole_runs=arguments.whole_run)))
-    return 0
+    return exit_code(cases)
 
 
 if __name__ == "__main__":

@@ -8,10 +8,13 @@ over memory that another order of the work could spare is in it. The parts are t
 
 forward   products of bfloat16 with each weight and of causal attention; weights and states once
 hessian   the half of x xᵀ on and above the diagonal, for each input of linears; inputs once
-shift     (x₀ - x) xᵀ in bfloat16, if the layers follow the unquantized model, and the same with
-          r₀ - r for those that write into the hidden states
+shift     (x₀ - x) xᵀ in bfloat16 for each input, if the layers follow the unquantized model, and
+          (r₀ - r) xᵀ if one of them writes into the hidden states r; or in place of both, if it is
+          less, W (x₀ - x), to which r₀ - r is added, and the product of this with xᵀ
 factor    I³ / 3 operations in the precision of float32
-follow    the products and triangular solutions of the corrected weight, in that of float32
+follow    two triangular solutions in that of float32, and with `auto` a third one in bfloat16; and
+          if C is summed, its products with the weight: two of bfloat16, since a weight has no more
+          bits, and with `auto` a third one for the contrast of two halves
 search    each candidate for the scale once on each weight
 columns   the feedback between columns, half a product; each weight rounded once
 refine    one product for all scales and one for each sweep, which rounds each weight again
@@ -28,7 +31,7 @@ bfloat16, or one in float32 if that is faster. Routers and norms are left out.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from shapes import Shape
@@ -64,8 +67,8 @@ class BlockWork:
             if copies > 1:
                 tokens *= shape.experts_per_token / copies
             self._add_input(in_features, tokens, copies)
-            if copies == 1 and outs == [shape.hidden]:
-                self._add_drift(in_features, tokens)
+            if config.follows_original:
+                self._add_shift(in_features, outs, tokens, copies)
             self._add_weights(in_features, copies * sum(outs), tokens)
 
     def _add(self, part: str, **work: float) -> None:
@@ -87,17 +90,39 @@ class BlockWork:
         matrix = copies * FLOAT * n**2
         self._add("hessian", bfloat16=copies * tokens * n * (n + 1), bytes=inputs + matrix)
         self._add("factor", float32=copies * n**3 / 3, bytes=2 * matrix)
-        if self.config.follows_original:
-            shift = 2 * copies * tokens * n**2
-            self._add("shift", bfloat16=shift, bytes=2 * inputs + matrix)
 
-    def _add_drift(self, n: int, tokens: float) -> None:
-        """Add the drift of the hidden states to which a linear with `n` inputs adds its outputs."""
-        if self.config.follows_original:
-            hidden = self.shape.hidden
-            states = WEIGHT * tokens * hidden
-            drift = FLOAT * hidden * n
-            self._add("shift", bfloat16=2 * tokens * n * hidden, bytes=2 * states + drift)
+    def _add_shift(self, n: int, outs: Sequence[int], tokens: float, copies: int) -> None:
+        """Add the shift of an input of `n` features, and what its linears take to follow it."""
+        rows, written = sum(outs), self._written(n, outs)
+        sums = products = n + written
+        with_shifts, contrast = 2.0, 0.0
+        if self.config.asymmetric_calibration == "auto":
+            with_shifts, contrast = 3.0, 0.5
+        if 2 * rows < products:  # W C is summed in place of C and the drift
+            sums, products, with_shifts = rows, 2 * rows, 0.0
+        states = 2 * WEIGHT * tokens * (n + written)
+        self._add(
+            "shift",
+            bfloat16=2.0 * copies * tokens * n * products,
+            bytes=copies * (states + FLOAT * n * sums),
+        )
+        weights = copies * rows * n
+        self._add(
+            "follow",
+            float32=2.0 * weights * n,
+            bfloat16=2.0 * weights * n * (with_shifts + contrast),
+            bytes=2 * FLOAT * weights,
+        )
+
+    def _written(self, n: int, outs: Sequence[int]) -> int:
+        """Return to how many numbers of the hidden states a linear with `n` inputs adds outputs.
+
+        Those of a mixture add to none by themselves, as their outputs are summed first.
+        """
+        is_of_mixture = self.shape.experts and n == self.shape.intermediate
+        if is_of_mixture or list(outs) != [self.shape.hidden]:
+            return 0
+        return self.shape.hidden
 
     def _add_weights(self, n: int, rows: int, tokens: float) -> None:
         """Add what linears with `n` inputs and `rows` outputs together take for their weights."""
@@ -119,12 +144,6 @@ class BlockWork:
             moved = sweeps * 2 * FLOAT * weights
             rounded = config.refine_sweeps * weights
             self._add("refine", bfloat16=sweeps * product, bytes=moved, rounded=rounded)
-        if config.follows_original:
-            solutions = 2
-            if config.asymmetric_calibration == "auto":
-                solutions = 3
-            moved = 2 * FLOAT * weights
-            self._add("follow", float32=(2 + solutions / 2) * product, bytes=moved)
 
 
 def n_candidates(config: LayerConfig) -> int:

@@ -202,19 +202,60 @@ def test_the_floor_of_products_is_that_of_each_linear(shape: str, script: Module
     assert floors_of(script, shape, "balanced", "column_rows")["refine"] == 4 * weights
 
 
-def test_following_the_original_doubles_forwards_and_adds_a_shift(script: ModuleType) -> None:
-    once, twice = (floors_of(script, "tiny", name, "bfloat16") for name in ("balanced", "best"))
+# The least multiplications with each token that sum the shifts of each input in turn
+SHIFTS = {
+    "tiny": [
+        128 * 128,  # of q, k and v_proj
+        128 * 128 + 128 * 128,  # of o_proj with its drift, or two products with its weight
+        128 * 128,  # of gate and up_proj
+        2 * 128 * 256,  # two products with the weight of down_proj, not (256 + 128) * 256
+    ],
+    "tiny-latent": [
+        128 * 128,
+        64 * 64,
+        32 * 32,
+        128 * 128 + 128 * 128,  # only o_proj writes into the hidden states by itself
+        4 * (128 * 128 + 64 * 64),  # each token is sent to 4 experts
+        128 * 128 + 64 * 64,  # of the expert of all tokens
+    ],
+}
+
+
+@pytest.mark.parametrize("shape", SHIFTS)
+def test_following_the_original_doubles_forwards_and_adds_a_shift(
+    shape: str, script: ModuleType
+) -> None:
+    once, twice = (floors_of(script, shape, name, "bfloat16") for name in ("balanced", "best"))
     assert twice["forward"] == 2 * once["forward"]
-    squares = sum(columns**2 for columns, _, _ in script.SHAPES["tiny"].inputs)
-    written = 0  # by o_proj and down_proj
-    for columns, outs, _ in script.SHAPES["tiny"].inputs:
-        if outs == [128]:
-            written += 128 * columns
-    assert written > 0
-    assert twice["shift"] == 2 * TOKENS * (squares + written)
-    # two products, and three solutions with a triangle; each product is three of bfloat16
-    weights = sum(rows * columns**2 for rows, columns in linears(script, "tiny").values())
-    assert twice["follow"] == 3 * 3.5 * 2 * weights
+    assert twice["shift"] == 2 * TOKENS * sum(SHIFTS[shape])
+    # Two exact solutions, each half a product of three parts, and one in bfloat16; three products
+    # with a shift that is not one of rows
+    follow = 0.0
+    for name, (rows, columns) in linears(script, shape).items():
+        products = 3 * 2 * 0.5 + 0.5
+        if (shape, name.split(".")[-2]) != ("tiny", "down_proj"):
+            products += 3
+        follow += products * 2 * rows * columns**2
+    assert twice["follow"] == follow
+
+
+def test_shifts_take_the_products_of_their_floor(script: ModuleType) -> None:
+    shape = replace(script.SHAPES["tiny"], hidden=256, intermediate=2048)
+    parts = script.count(shape, script.H100, preset="best", **TEXT)["parts"]
+    config = QuantizeConfig(bits=4, preset="best", group_size=32).base
+    least = script.floors(shape, config, script.Text(TOKENS, 64), one_rate(script, "bfloat16"))
+    assert parts["shift"]["products"] == pytest.approx(least["shift"], rel=1e-3)
+
+
+def test_a_block_that_takes_more_memory_fails(
+    script: ModuleType, balanced: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    case = {"shape": "tiny", "preset": "balanced", **balanced}
+    peak = balanced["peak_device_bytes"]
+    assert script.exit_code([{**case, "memory": peak}]) == 0
+    assert script.exit_code([{**case, "memory": peak - 1}]) == 1
+    error = "error: a block of tiny with preset balanced takes more memory\n"
+    assert capsys.readouterr().err == error
 
 
 def test_each_weight_is_moved_once_at_least(script: ModuleType) -> None:

@@ -109,6 +109,7 @@ def cost_model(rates: DeviceRates) -> Rates:
         shift=product,
         factor=rates.cholesky / 2,
         wide_factor=rates.wide_cholesky / 2,
+        shifts_of_rows=True,  # as with forwards in bfloat16
         solve=product,
         columns=rates.rounding,
         network=rates.between_devices,

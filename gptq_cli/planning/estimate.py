@@ -353,14 +353,6 @@ def _batches_each(config: QuantizeConfig, devices: int) -> int:
     return math.ceil(math.ceil(config.nsamples / config.batch_size) / devices)
 
 
-def _sums(streams: int) -> float:
-    """Return the numbers that a batch adds to sums, as a share of [I, I].
-
-    These are a Hessian and, with two streams, a shift for each half of the text.
-    """
-    return HESSIAN_SHARE + 2 * (streams - 1)
-
-
 def _most_summed(plan: RunPlan, config: QuantizeConfig, device: str) -> float:
     """Return the most numbers that a batch adds to the sums of one stage.
 
@@ -609,6 +601,11 @@ def shift_cost(in_features: int, tokens: float, written: int = 0) -> float:
     return tokens * in_features * (in_features + written)
 
 
+def rows_shift_cost(layer: LayerPlan, tokens: float) -> float:
+    """Return the cost of Σ W (x₀ - x) xᵀ over this many tokens; a drift in it costs no more."""
+    return 2 * tokens * layer.n_weights
+
+
 # From so many columns on, a GPU factorises by panels (`BLOCKED_FROM` of the solver)
 WIDE_FACTOR = 8192
 
@@ -618,11 +615,20 @@ def factor_cost(in_features: int) -> float:
     return in_features**3 / 6
 
 
-def solve_cost(layer: LayerPlan) -> float:
-    """Return the cost of compensating and refining all columns, and of reporting the error."""
+PRODUCTS_WITH_SHIFTS = 2  # W C, one for each half of the text
+
+
+def solve_cost(layer: LayerPlan, *, of_rows: bool = False) -> float:
+    """Return the cost of compensating and refining all columns, and of reporting the error.
+
+    If shifts are those `of_rows`, they are W C already.
+    """
     assert layer.config is not None
     rows, columns = layer.out_features, layer.in_features
-    cost = solve_products(layer.config) * rows * columns**2
+    products = solve_products(layer.config)
+    if of_rows:
+        products -= PRODUCTS_WITH_SHIFTS
+    cost = products * rows * columns**2
     if layer.is_loss_aware:
         # Rounding once more with feedback along rows, two losses, and the factor of gradients
         again = 0.5 + refining_products(layer.config) + 2
@@ -643,7 +649,7 @@ def solve_products(config: LayerConfig) -> float:
     reporting = 1.5  # three energies of half a product each, as the Hessian is symmetric
     refining, following = refining_products(config), 0.0
     if config.follows_original:
-        following = 3  # two products, and two solutions with a triangular matrix
+        following = PRODUCTS_WITH_SHIFTS + 1  # with two solutions with a triangular matrix
     if config.asymmetric_calibration == "auto":
         following += 0.5  # one more solution
     return compensation + refining + reporting + following
@@ -676,7 +682,7 @@ class Rates:
     durable, `network` bytes sent to other devices. `hashes` are bytes that `hash_threads` threads
     hash together, one file each. `layer` are seconds of the host for each layer, `start` those
     before the model is opened, and `kernels` those to compile kernels meanwhile, whatever the
-    sizes.
+    sizes. If `shifts_of_rows` is true, W C is summed in place of C for layers with few outputs.
     """
 
     forward: float
@@ -688,6 +694,7 @@ class Rates:
     network: float = math.inf
     shift: float = math.inf
     wide_factor: float | None = None
+    shifts_of_rows: bool = False
     writes: float = math.inf
     hashes: float = math.inf
     hash_threads: int = 1
@@ -859,12 +866,16 @@ def _stage_seconds(
         return Seconds(forward=forward)
     config = quantized[0].config
     assert config is not None
-    streams = 1
+    streams, of_rows = 1, False
     if config.follows_original:
         streams = 2
-    rows, written = _rows(quantized), 0
-    if streams > 1:
+        of_rows = rates.shifts_of_rows and len(stage) == 1 and has_shorter_shifts(stage[0])
+    rows, shift_numbers, shifting = _rows(quantized), 0, 0.0
+    if of_rows:  # which include a drift
+        shift_numbers, shifting = 2 * rows * n, rows_shift_cost(stage[0], tokens)
+    elif streams > 1:
         written = max(_written(layer, text.features) for layer in quantized)
+        shift_numbers, shifting = 2 * n * (n + written), shift_cost(n, tokens, written)
     sent = float(rows * n)
     if expert_part(stage[0].name):  # one device does all of an expert
         hessian_share = factor_share = solve_share = 1 / devices
@@ -872,15 +883,13 @@ def _stage_seconds(
         hessian_share, factor_share = busiest, 1.0
         parts = math.ceil(rows / rows_of_a_part("cuda", n))
         solve_share = math.ceil(parts / devices) / parts
-        sent += 2 * 4 * n * (n * _sums(streams) + 2 * written)
+        sent += 2 * FLOAT * (HESSIAN_SHARE * n**2 + shift_numbers)
     solving = 0.0
     for layer in quantized:
-        solving += solve_cost(layer)
+        solving += solve_cost(layer, of_rows=of_rows)
     columns = rows * n * (1 + config.refine_sweeps) / rates.columns
     launching = len(quantized) * rates.layer
-    hessian = hessian_cost(n, tokens) / rates.hessian
-    if streams > 1:
-        hessian += shift_cost(n, tokens, written) / rates.shift
+    hessian = hessian_cost(n, tokens) / rates.hessian + shifting / rates.shift
     return Seconds(
         forward=streams * forward,
         hessian=hessian * hessian_share,

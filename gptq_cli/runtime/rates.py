@@ -81,6 +81,7 @@ def measure_rates(
         hessian=hessian_cost(columns, TOKENS) / adding,
         factor=factor_cost(columns) / factoring,
         wide_factor=wide_factor,
+        shifts_of_rows=device.type == "cuda" and dtype == torch.bfloat16,
         solve=rows * columns**2 / product,
         columns=rows * columns * (1 + config.refine_sweeps) / rounding,
         disk=_reading_rate(file),

@@ -147,6 +147,23 @@ def test_a_drift_is_a_product_with_each_output_and_is_sent() -> None:
     assert sent[0] - sent[1] == (12 + 2 * 4 * 2 * 12 * 64) / 2
 
 
+def test_a_gpu_sums_shifts_of_rows_where_they_are_fewer() -> None:
+    settings = LayerConfig(asymmetric_calibration=0.5)
+    few, many = linear("a.down_proj", 7, 16, settings), linear("a.down_proj", 8, 16, settings)
+    gpu = replace(ONE, shifts_of_rows=True)
+    for layer, numbers, shift, products in ((few, 7, 14, 5 - 2), (many, 16, 16, 5)):
+        found = estimate_seconds([layer], TEXT, 2, 0, replace(gpu, shift=0.5))
+        assert found.hessian == (9 / 16 * 100 * 16**2 + 2 * 100 * 16 * shift) / 2
+        sums = 2 * 4 * (9 / 16 * 16**2 + 2 * numbers * 16)
+        assert found.network == (16 * layer.out_features + sums) / 2
+        alone = estimate_seconds([layer], TEXT, 1, 0, replace(gpu, columns=math.inf))
+        assert alone.solve == products * layer.out_features * 16**2
+    beside = [few, replace(few, name="a.up_proj")]  # which sums C for both
+    assert estimate_seconds(beside, TEXT, 1, 0, replace(gpu, shift=0.5)).hessian == (
+        9 / 16 * 100 * 16**2 + 2 * 100 * 16 * 16
+    )
+
+
 def test_wide_layers_are_factorised_at_a_rate_of_their_own() -> None:
     assert WIDE_FACTOR == BLOCKED_FROM
     for columns, rate in ((WIDE_FACTOR - 1, 1.0), (WIDE_FACTOR, 4.0)):
