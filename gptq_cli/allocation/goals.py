@@ -13,7 +13,7 @@ from gptq_cli.checkpoint.source import Checkpoint
 from gptq_cli.config.fields import size_in_bytes
 from gptq_cli.config.layer import HOLDS, LayerConfig
 from gptq_cli.config.schema import QuantizeConfig
-from gptq_cli.config.serving import Export, engines_that_fuse, export_of, target_problems
+from gptq_cli.config.serving import ANY, Export, engines_that_fuse, export_of, target_problems
 from gptq_cli.errors import ConfigError, Problem, one_of, size
 from gptq_cli.planning.plan import plan_checkpoint, with_group_size
 
@@ -67,7 +67,7 @@ def about_units(fusing: Sequence[str], target: str | None) -> str:
         why = f"because {one_of(fusing)} fuses them"
         return f"q, k and v get one width, and so do gate and up, {why}"
     why = "because no engine that takes these widths fuses them"
-    if target is not None:
+    if target not in (None, ANY):
         why = f"because {target} does not fuse them"
     return f"q, k, v, gate and up get widths of their own, {why}"
 

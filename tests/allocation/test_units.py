@@ -84,6 +84,11 @@ def test_engines_fuse_only_what_they_load(settings: dict[str, object], fusing: l
     assert wanted.target is None or wanted.target in why
 
 
+def test_the_target_any_is_no_engine() -> None:
+    why = about_units([], "any")
+    assert why.endswith("because no engine that takes these widths fuses them")
+
+
 def test_sizes_of_units_add_up_to_the_file(llama: Path) -> None:
     plans = {width: plan_run(llama, config(bits=width)) for width in WIDTHS}
     units = units_of(llama)
