@@ -181,11 +181,13 @@ class Resumed:
 class WorkKept:
     """The run ends early, but its finished blocks stay in `directory`.
 
-    If `failed`, the same call would fail again.
+    Without `blocks` it has finished none, but its gradients or its widths. If `failed`, the same
+    call would fail again.
     """
 
     directory: Path
     failed: bool = False
+    blocks: bool = True
 
 
 @dataclass(frozen=True, slots=True)

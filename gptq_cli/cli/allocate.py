@@ -168,7 +168,7 @@ def _rows(result: AllocateResult) -> list[tuple[str, ...]]:
 
 def _chosen_lines(entry: Entry) -> list[str]:
     allocation = entry.allocation
-    sizes = f"{size(allocation.nbytes)} ({allocation.nbytes} bytes)"
+    sizes = f"{size(allocation.nbytes)} ({allocation.nbytes:,} bytes)"
     line = f"chosen: {allocation.bits:.4g} bits on average, {sizes}"
     gap = ""
     if allocation.kl > allocation.bound * (1 + 1e-6):

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from gptq_cli.evaluation.tasks import Score, TasksResult
 
 LARGE = 1e6  # numbers from here on are shown with four digits and an exponent
-BETTER = "try more bits, a smaller --group-size, more calibration text, or --preset best"
+BETTER = "try more bits, a smaller --group-size, more calibration text, or --preset best or max"
 Tasks = Annotated[
     str,
     o.plain(

@@ -266,10 +266,11 @@ def _advice(event: Resumed | WorkKept | EngineSaid) -> str:
     if isinstance(event, Resumed):
         blocks = counted(event.n_blocks, "block")
         return f"resuming after {event.index} of {blocks}, from {event.directory}"
+    what = "finished blocks are" if event.blocks else "finished work is"
     if event.failed:
         until = "until a run with other settings begins"
-        return f"finished blocks are kept in {event.directory} {until}"
-    return f"finished blocks are kept; resume with: {resume_command(event.directory)}"
+        return f"{what} kept in {event.directory} {until}"
+    return f"{what} kept; resume with: {resume_command(event.directory)}"
 
 
 def _planned(event: RunPlanned) -> str:

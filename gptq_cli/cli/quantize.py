@@ -459,8 +459,8 @@ def _loss_lines(layers: Sequence[LayerReport]) -> list[str]:
     if not ratios:
         return []
     mean = math.fsum(ratios) / len(ratios)
-    text = f"loss-aware rounding of {len(ratios)} layers: x{mean:.2f} of the expected loss of each"
-    return [f"loss   {text}"]
+    text = f"{mean:.2f} of the expected loss of rounding without gradients"
+    return [f"loss   {text}, mean of {len(ratios)} layers"]
 
 
 def _coverage(result: QuantizeResult, config: QuantizeConfig) -> str:

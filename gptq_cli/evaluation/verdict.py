@@ -5,7 +5,7 @@ The limits are those of the section "Verdicts" of docs/accuracy.md, which has th
 
 from __future__ import annotations
 
-BETTER = "try more bits, a smaller --group-size, more calibration text, or --preset best"
+BETTER = "try more bits, a smaller --group-size, more calibration text, or --preset best or max"
 VERDICTS = {  # the KL, in nats a token, below which the words hold
     0.01: "hardly differs from the original",
     0.05: "is close to the original",

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from gptq_cli.errors import InputError, counted
+from gptq_cli.errors import InputError
 from gptq_cli.events import BlocksDone, PhaseStarted
 from gptq_cli.files import is_file
 from gptq_cli.models.block_calls import Call
@@ -62,7 +62,9 @@ def sum_gradients(run: Run, work: WorkDirectory | None, identity: Identity) -> N
         known = store.tokens()
     pieces = pieces_of(run.batches)
     tokens = run.ranks.broadcast(known or 0)
-    if not tokens:
+    if tokens:
+        run.report(PhaseStarted("resume", "using the gradients of an earlier call"))
+    else:
         tokens = sum(token_ids(piece).numel() for piece in pieces)
         # Tensors that are made in inference mode cannot be used by a backward pass.
         with torch.inference_mode(False), torch.no_grad():
@@ -188,7 +190,7 @@ class _Pass:
         """Sum the gradients of `tokens` tokens in all processes and write the sums."""
         if self.store is not None:
             self.store.begin()
-        words = counted(tokens, "token")
+        words = f"{tokens:,} tokens"
         self.run.report(PhaseStarted("gradients", f"{words} forward"))
         states = self._forward(self._embedded())
         self.run.report(PhaseStarted("gradients", f"{words} backward"))

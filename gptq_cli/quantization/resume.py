@@ -435,13 +435,14 @@ def _difference(defect: Defect) -> str:
 
 @contextmanager
 def reporting_kept_work(work: WorkDirectory, report: Report) -> Iterator[None]:
-    """Report WorkKept if the body ends early and finished blocks are saved."""
+    """Report WorkKept if the body ends early and a later run can use something."""
     try:
         yield
     except BaseException:
-        if work.journal.exists():
+        if work.holds_work():
             run = read_run(work.path)
-            report(WorkKept(work.path, failed=run is not None and "failed" in run))
+            failed = run is not None and "failed" in run
+            report(WorkKept(work.path, failed=failed, blocks=work.journal.exists()))
         raise
 
 

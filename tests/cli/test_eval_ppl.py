@@ -107,7 +107,9 @@ def test_a_gate_passes_at_its_limit_and_fails_on_nan(gptq: Run, evaluator: FakeE
     assert gptq("eval-ppl", "m", "--baseline", "b", "--max-increase", "0.25").exit_code == 4
 
 
-HINT = "hint: try more bits, a smaller --group-size, more calibration text, or --preset best\n"
+HINT = (
+    "hint: try more bits, a smaller --group-size, more calibration text, or --preset best or max\n"
+)
 
 
 @pytest.mark.parametrize(

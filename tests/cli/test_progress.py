@@ -92,13 +92,13 @@ def test_a_log_gets_a_line_for_each_tenth_of_the_blocks_of_a_pass(
 ) -> None:
     now = [0.0]
     progress = Progress(Console(), now=lambda: now[0])
-    progress(PhaseStarted("gradients", "16384 tokens backward"))
+    progress(PhaseStarted("gradients", "16,384 tokens backward"))
     for done in range(1, 31):
         now[0] += 60
         progress(BlocksDone(done, 30))
     lines = capsys.readouterr().err.splitlines()
     assert lines[:2] == [
-        "gradients: 16384 tokens backward",
+        "gradients: 16,384 tokens backward",
         "gradients: 10 % of 30 blocks, 0:27:00 left",
     ]
     assert len(lines) == 11

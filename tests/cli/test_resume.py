@@ -270,8 +270,10 @@ def test_quiet_still_prints_resumed_and_kept_work(
     progress(Resumed(2, 5, Path("/d/.o.gptq-work")))
     progress(WorkKept(Path("/d/.a b.gptq-work")))
     progress(WorkKept(Path("/d/.o.gptq-work"), failed=True))
+    progress(WorkKept(Path("/d/.o.gptq-work"), blocks=False))
     assert capsys.readouterr().err == (
         "resuming after 2 of 5 blocks, from /d/.o.gptq-work\n"
         "finished blocks are kept; resume with: gptq resume '/d/.a b.gptq-work'\n"
         "finished blocks are kept in /d/.o.gptq-work until a run with other settings begins\n"
+        "finished work is kept; resume with: gptq resume /d/.o.gptq-work\n"
     )

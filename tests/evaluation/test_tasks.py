@@ -229,7 +229,8 @@ def test_a_drop_beyond_the_limit_is_a_failed_gate(
     assert failed.stderr.splitlines()[-3:] == [
         "error[E_GATE_TASK]: acc of arc_easy went from 0.6667 to 0.5000, but --max-drop allows 0.1",
         "",
-        "hint: try more bits, a smaller --group-size, more calibration text, or --preset best",
+        "hint: try more bits, a smaller --group-size, more calibration text, "
+        "or --preset best or max",
     ]
 
 

@@ -15,7 +15,7 @@ from transformers.models.llama import modeling_llama
 
 from gptq_cli.config.layer import LayerConfig
 from gptq_cli.errors import InputError, PausedError
-from gptq_cli.events import BlocksDone, Event, PhaseStarted, Report
+from gptq_cli.events import BlocksDone, Event, PhaseStarted, Report, WorkKept
 from gptq_cli.quantization import gradients, layers
 from gptq_cli.quantization.run import QuantizeResult, quantize_checkpoint
 from gptq_cli.solver.factor import HessianFactor, NotPositiveDefiniteError
@@ -280,7 +280,24 @@ def test_only_a_complete_pass_is_not_repeated(
     events: list[Event] = []
     aware.run(tmp_path / "out", report=events.append)
     assert ("gradients" in phases(events)) is repeated
+    using_them = PhaseStarted("resume", "using the gradients of an earlier call")
+    assert (using_them in events) is not repeated
     assert digest(tmp_path / "out") == aware.tree
+
+
+def test_a_run_that_ends_after_the_pass_says_how_to_resume(
+    aware: LossAware, tmp_path: Path
+) -> None:
+    events: list[Event] = []
+
+    def stop(event: Event) -> None:
+        events.append(event)
+        if isinstance(event, PhaseStarted) and event.name == "embeddings":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        aware.run(tmp_path / "out", report=stop)
+    assert events[-1] == WorkKept(tmp_path / WORK, blocks=False)
 
 
 def test_a_resumed_block_uses_the_gradients_on_the_disk(aware: LossAware, tmp_path: Path) -> None:
