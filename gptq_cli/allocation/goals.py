@@ -75,13 +75,13 @@ def about_units(fusing: Sequence[str], target: str | None) -> str:
 def _check_average(config: QuantizeConfig, widths: Sequence[int]) -> None:
     if widths[0] <= config.bits <= widths[-1]:
         return
-    who = "layers may get"
+    who, others = "layers may get", "allow other widths with --allow-bits"
     if config.allow_bits is None and config.target is not None:
-        who = f"{config.target} takes"
+        who, others = f"{config.target} takes", "another --target"
     raise ConfigError(
         "E_ALLOC_GOAL",
         f"layers cannot have {config.bits:g} bits on average: {who} {one_of(widths)} bits",
-        hint="use an average between these, or allow other widths with --allow-bits",
+        hint=f"use an average between these, or {others}",
     )
 
 

@@ -150,7 +150,7 @@ def test_a_written_configuration_is_named_with_its_use(gptq: Run, place: Path) -
         (
             ["--bits=3.5", "--target=vllm"],
             "error[E_ALLOC_GOAL]: layers cannot have 3.5 bits on average: vllm takes 4 or 8 bits",
-            "use an average between these, or allow other widths with --allow-bits",
+            "use an average between these, or another --target",
         ),
         (
             ["--bits=4.5", "--allow-bits=2,4"],
