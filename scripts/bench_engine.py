@@ -71,7 +71,7 @@ TIMED: dict[str, list[tuple[object, str]]] = {
     "search": [(solve, "choose_grid")],
     "columns": [(layers, "solve_together")],
     "refine": [(solve, "refine")],
-    "errors": [(solve, "_measured"), (solve, "_measured_by_expert"), (solve, "check_decoded")],
+    "errors": [(solve, "measured"), (solve, "_measured_by_expert"), (solve, "check_decoded")],
     "put back": [(layers.LayerSolver, "put_back"), (layers.LayerSolver, "put_back_together")],
     "pack": [(run, "_write_layers")],
     "copy": [(ModelStream, "_load"), (ModelStream, "linear_weight")],

@@ -388,9 +388,9 @@ def markdown(cases: Sequence[dict[str, Any]]) -> Iterator[str]:
 def markdown_of_parts(cases: Sequence[dict[str, Any]], shape: str) -> Iterator[str]:
     """Yield a table with a row for each part of the blocks of `shape`, a column for each preset."""
     found = {case["preset"]: case for case in cases if case["shape"] == shape}
-    header = "".join(f" {preset}, ms | floor | launches | waits |" for preset in found)
+    header = "".join(f" {preset}, ms | floor |" for preset in found)
     yield f"| part |{header}"
-    yield "|---" * (1 + 4 * len(found)) + "|"
+    yield "|---" * (1 + 2 * len(found)) + "|"
     names: dict[str, None] = {}
     for case in reversed(found.values()):  # the last preset has all parts
         names |= dict.fromkeys(case["parts"])
@@ -402,11 +402,10 @@ def markdown_of_parts(cases: Sequence[dict[str, Any]], shape: str) -> Iterator[s
 
 
 def _cells(part: Mapping[str, Any] | None) -> str:
-    """Return the cells of a part: milliseconds, floor, launches and waits."""
+    """Return the cells of a part: milliseconds and floor."""
     if part is None:
-        return "  |  |  |  |"
-    times = f" {part['seconds'] * 1e3:,.0f} | {part['floor_seconds'] * 1e3:,.0f} |"
-    return f"{times} {part['launches']:,} | {part['waits']} |"
+        return "  |  |"
+    return f" {part['seconds'] * 1e3:,.0f} | {part['floor_seconds'] * 1e3:,.0f} |"
 
 
 def exit_code(cases: Sequence[dict[str, Any]]) -> int:
