@@ -40,6 +40,9 @@ from gptq_cli.solver.solve import Solution, solve_together
 LOST_SHARE = 0.01  # warn of every layer with more of its scales at the smallest number
 SUBNORMAL_SHARE = 0.5  # warn once of a layer with at least this share of subnormal scales
 
+# `solve_together`, or what does its work
+Way = Callable[[Sequence[Tensor], Tensor, HessianFactor, LayerConfig], list[Solution]]
+
 # Of each expert those of both halves of the text, [I, I], or [O, I] of the rows of the only layer;
 # none without asymmetric calibration
 Shifts = Sequence[Sequence[Tensor]]
@@ -163,7 +166,8 @@ class LayerSolver:
                     continue
                 with located([rows.layer for rows in part], list(map(len, part))):
                     weights, strengths = self._weights(part, usable, config)
-                    solutions = _solutions(weights, usable, config, gradients)
+                    solve_part = _way_to_solve(gradients, usable)
+                    solutions = solve_part(weights, usable.hessians, usable.factor, config)
                     mine[number] = list(zip(solutions, strengths, strict=True))
             self._read = None
             found: dict[str, list[tuple[Solution, Tensor | None]]] = defaultdict(list)
@@ -410,23 +414,28 @@ def weight_for_shifts(layer: LayerPlan, linear: nn.Module) -> Tensor | None:
     return None
 
 
-def _solutions(
-    weights: Sequence[Tensor],
-    usable: UsableHessians,
-    config: LayerConfig,
-    gradients: OutputGradients | None,
-) -> list[Solution]:
-    """Return the solutions of the weights of a part, of which there is one if it has gradients.
+def _way_to_solve(gradients: OutputGradients | None, usable: UsableHessians) -> Way:
+    """Return `solve_together`, or what does its work for the only weight of a part with gradients.
 
     A layer that is to be rounded to nearest does without them.
     """
     if gradients is None or usable.fallbacks[0] is not None:
-        return solve_together(weights, usable.hessians, usable.factor, config)
+        return solve_together
+    return partial(_solve_with, gradients)
+
+
+def _solve_with(
+    gradients: OutputGradients,
+    weights: Sequence[Tensor],
+    hessians: Tensor,
+    factor: HessianFactor,
+    config: LayerConfig,
+) -> list[Solution]:
     from gptq_cli.solver.two_sided import solve_in_row_blocks
 
-    [weight], [hessian] = weights, usable.hessians
-    factor, tokens = usable.factor.of(0), gradients.tokens
-    return [solve_in_row_blocks(weight, hessian, factor, config, gradients.sums, tokens)]
+    [weight], [hessian] = weights, hessians
+    sums, tokens = gradients.sums, gradients.tokens
+    return [solve_in_row_blocks(weight, hessian, factor.of(0), config, sums, tokens)]
 
 
 def _place(layer: LayerPlan, linears: Mapping[str, nn.Module], weight: Tensor) -> None:
