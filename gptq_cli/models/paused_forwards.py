@@ -184,7 +184,8 @@ def watch_inputs(
 ) -> None:
     """Run `run`, a forward of `block`, and call `see` with every input of every stage.
 
-    The forward is stopped after the last input.
+    The forward is stopped after the last input. Raises InputError E_ARCH if it does not call the
+    module whose input is the residual of a stage.
     """
     stages = list(stages)
     left = sum(stage.calls for stage in stages)
@@ -199,7 +200,10 @@ def watch_inputs(
     def seen(stage: Stage) -> Hook:
         def hook(module: nn.Module, args: tuple[Any, ...], _: dict[str, Any]) -> None:
             nonlocal left
-            see(Seen(stage, given(module, args), residuals.pop(stage, None)))
+            residual = residuals.pop(stage, None)
+            if residual is None and stage.residual is not None:
+                raise _unlike_the_probe(stage.names[0])
+            see(Seen(stage, given(module, args), residual))
             left -= 1
             if not left:
                 raise _Reached
@@ -617,10 +621,12 @@ def _thread_state() -> ThreadState:
     return enter
 
 
-def _unlike_the_probe(name: str, batch: int) -> InputError:
+def _unlike_the_probe(name: str, batch: int | None = None) -> InputError:
+    which = "a calibration batch"
+    if batch is not None:
+        which = f"calibration batch {batch}"
     return InputError(
         "E_ARCH",
-        f"calibration batch {batch} does not call `{name}` at the time or with the input "
-        "that a first forward showed",
+        f"{which} does not call `{name}` at the time or with the input that a first forward showed",
         hint=f"keep it: --dynamic '-:{name}'",
     )

@@ -213,13 +213,14 @@ def test_paused_and_watched_forwards_see_the_same_residuals(
             assert all(torch.equal(found.residual, residual) for found in seen)
 
 
-def test_a_batch_that_calls_no_such_module_is_refused() -> None:
-    def skip(block: Block, x: Tensor) -> Tensor:
-        x = x + block.first(block.norm(x))
-        if x.shape[0] == 1:
-            return x + block.last(x)
-        return x + block.last(block.next_norm(x))
+def skip(block: Block, x: Tensor) -> Tensor:
+    x = x + block.first(block.norm(x))
+    if x.shape[0] == 1:
+        return x + block.last(x)
+    return x + block.last(block.next_norm(x))
 
+
+def test_a_batch_that_calls_no_such_module_is_refused() -> None:
     block = Block(skip)
     runs = [partial(block, torch.randn(n, 5, 8)) for n in (2, 1)]
     with pause_forwards(STAGES, block.linears, runs, block) as batches:
@@ -227,3 +228,13 @@ def test_a_batch_that_calls_no_such_module_is_refused() -> None:
         with pytest.raises(InputError, match="batch 1 does not call `last`") as caught:
             list(batches.reach(STAGES[1]))
     assert (caught.value.code, caught.value.exit_code) == ("E_ARCH", 3)
+
+
+def test_a_watched_batch_that_calls_no_such_module_is_refused() -> None:
+    block, seen = Block(skip), []
+    run = partial(block, torch.randn(1, 5, 8))
+    with pytest.raises(InputError, match="a calibration batch does not call `last`") as caught:
+        watch_inputs(STAGES, block.linears, seen.append, run, block)
+    assert (caught.value.code, caught.value.exit_code) == ("E_ARCH", 3)
+    assert caught.value.hint == "keep it: --dynamic '-:last'"
+    assert [found.stage for found in seen] == STAGES[:1]
