@@ -6,8 +6,8 @@ start     Python imports torch and transformers: nothing of this program would
 source    the model is hashed while kernels are compiled: kernels of an earlier run are cached, and
           a model of the Hub has known hashes, so its numbers are only checked
 saving    hidden states are written for a run that resumes, in a twentieth of the time at most
-copy      tensors that are not quantized are copied after the last block: while blocks are
-          quantized, another thread could do this
+beside    tensors that are not quantized are copied while blocks are quantized: what of this takes
+          longer than the blocks
 verify    the output is read back and hashed tensor by tensor
 manifest  each file of the output is hashed by one thread: smaller files (`--max-shard-size 1GB`)
           share the threads better
@@ -25,7 +25,7 @@ from shapes import Shape, write_sparse_model
 
 from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.planning.device_rates import DeviceRates, cost_model
-from gptq_cli.planning.estimate import estimate_time, fixed_seconds
+from gptq_cli.planning.estimate import beside_seconds, estimate_time, fixed_seconds
 from gptq_cli.planning.plan import plan_run
 
 SAVING_SHARE = 1 / 20  # of the time
@@ -43,7 +43,9 @@ def whole_run(
         write_sparse_model(model, shape, shape.blocks)
         plan = plan_run(model, config)
         known = cost_model(rates)
-        parts = {"blocks": shape.blocks * block_seconds, **fixed_seconds(plan, known)}
+        blocks = shape.blocks * block_seconds
+        beside = max(0.0, beside_seconds(plan, known) - blocks)
+        parts = {"blocks": blocks, "beside": beside, **fixed_seconds(plan, known)}
         planned = estimate_time(plan, config, replace(known, network=float("inf")))
     states = 2 * config.nsamples * config.seqlen * shape.hidden
     if config.base.follows_original:

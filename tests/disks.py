@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from threading import RLock
 from typing import Any
 
 from gptq_cli.storage import durable
@@ -18,10 +19,14 @@ class Killed(BaseException):
 
 
 class CountingDisk(Disk):
-    """A disk that notes the name of each operation and flushes nothing; no process sees that."""
+    """A disk that notes the name of each operation and flushes nothing; no process sees that.
+
+    Threads take turns, so that each operation has a number.
+    """
 
     def __init__(self) -> None:
         self.operations: list[str] = []
+        self.turn = RLock()
 
     def before(self, number: int, name: str) -> None:
         """Called with the number of the operation, from 1 on."""
@@ -37,6 +42,10 @@ def _watched(name: str) -> Any:
     real = getattr(Disk, name)
 
     def operation(self: CountingDisk, *arguments: Any) -> Any:
+        with self.turn:
+            return taken(self, *arguments)
+
+    def taken(self: CountingDisk, *arguments: Any) -> Any:
         self.operations.append(name)
         number = len(self.operations)
         self.before(number, name)

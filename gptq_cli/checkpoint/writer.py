@@ -1,14 +1,19 @@
-"""Writer of the output checkpoint: packed tensors when they are solved, all others unchanged."""
+"""Writer of the output checkpoint: packed tensors when they are solved, all others unchanged.
+
+Two threads work while blocks are quantized: one writes solved tensors, the other copies those that
+are not quantized.
+"""
 
 from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Collection, Iterable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Collection, Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
+from threading import Event
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,22 +36,29 @@ from gptq_cli.storage.durable import (
     write_file,
     write_json,
 )
-from gptq_cli.storage.manifest import INDEX_NAME, QUANTIZE_CONFIG, RUN_FILES, Span, span_hashes
+from gptq_cli.storage.manifest import (
+    INDEX_NAME,
+    QUANTIZE_CONFIG,
+    RUN_FILES,
+    Span,
+    span_hashes,
+)
 
 if TYPE_CHECKING:
     from gptq_cli.checkpoint.device_copies import DeviceCopies
 
 MOST_WAITING = 4  # tensors that may wait for the disk: those of one linear
+SYNC_BYTES = 256 * 2**20  # of copied tensors that are made durable together
 
 
 class CheckpointWriter:
     """Writes shards of a planned layout into `directory`.
 
     Each tensor must be written, or marked as written, before `finish`. A thread takes tensors from
-    their device, hashes and writes them one after the other, while the caller continues. A later
-    `write`, or `sync`, raises the errors of that thread. A tensor that is written again replaces
-    the first one. Shards that an earlier run began are completed in place; all other files in the
-    directory are removed.
+    their device, hashes and writes them one after the other, while the caller continues; a second
+    one copies the tensors of `copy_beside`. A later `write`, `copy` or `sync` raises the errors of
+    both. A tensor that is written again replaces the first one. Shards that an earlier run began
+    are completed in place; all other files in the directory are removed.
     """
 
     def __init__(self, directory: Path, layout: Layout) -> None:
@@ -59,6 +71,11 @@ class CheckpointWriter:
         self._thread = ThreadPoolExecutor(1, "writer")
         self._waiting: deque[Future[None]] = deque()
         self._from_device: DeviceCopies | None = None  # made for the first tensor of a device
+        self._beside = ThreadPoolExecutor(1, "beside")
+        self._begun: dict[str, Future[None]] = {}  # by tensor
+        self._tasks: deque[Future[None]] = deque()  # of the thread `beside`
+        self._unsynced: list[str] = []  # tensors that this thread has copied
+        self._given_up = Event()
         make_directory(directory)
         sweep(directory, [shard.file for shard in layout.shards])
 
@@ -98,19 +115,26 @@ class CheckpointWriter:
     def copy(self, tensor: TensorInfo, count: ByteCount) -> None:
         """Copy the bytes of one source tensor, a few MB at a time, and tell them to `count`.
 
-        InputError E_CKPT_NONFINITE if it holds NaN or infinity.
+        If `copy_beside` copies it, wait for that. InputError E_CKPT_NONFINITE if the tensor holds
+        NaN or infinity.
         """
-        file, offset = self._positions[tensor.name]
-        digest = sha256()
-        with file_errors(tensor.file, writing=False), tensor.file.open("rb", buffering=0) as source:
-            for start in range(tensor.start, tensor.end, COPY_BYTES):
-                chunk = os.pread(source.fileno(), min(COPY_BYTES, tensor.end - start), start)
-                if not is_finite(chunk, tensor.dtype):
-                    raise not_finite(tensor)
-                self._write_at(file, offset + start - tensor.start, chunk)
-                digest.update(chunk)
-                count.passed(len(chunk))
-        self._hashes[tensor.name] = self._new[tensor.name] = digest.hexdigest()
+        begun = self._begun.pop(tensor.name, None)
+        if begun is not None:
+            begun.result()
+            count.passed(tensor.nbytes)
+            return
+        self._dirty.add(self._positions[tensor.name][0])
+        found = self._copy(tensor, count)
+        self._hashes[tensor.name] = self._new[tensor.name] = found
+
+    def copy_beside(self, tensors: Iterable[TensorInfo]) -> None:
+        """Begin to copy tensors of the source in a thread, while the caller continues.
+
+        `sync` does not return their hashes: a run that resumes copies them again.
+        """
+        for tensor in tensors:
+            self._begun[tensor.name] = self._begin(self._copy_beside, tensor)
+        self._begin(self._sync_copies)
 
     def is_written(self, name: str) -> bool:
         """Return whether a tensor was written, or marked as written, and no error followed."""
@@ -154,6 +178,8 @@ class CheckpointWriter:
         with other bytes.
         """
         self._wait_until(0)
+        wait(self._tasks)
+        self._raise_of_beside()
         missing = self._positions.keys() - self._hashes.keys()
         if missing:
             raise ValueError(f"never written: {', '.join(sorted(missing)[:5])}")
@@ -166,12 +192,15 @@ class CheckpointWriter:
 
     def close(self) -> None:
         """Close the files. Only `sync` makes their content durable."""
+        self._given_up.set()
         self._thread.shutdown(cancel_futures=True)
+        self._beside.shutdown(cancel_futures=True)
         while self._files:
             self._files.pop().close()
 
     def _wait_until(self, most: int) -> None:
         """Wait until `most` tensors at most are waiting; after an error none is."""
+        self._raise_of_beside()
         try:
             while len(self._waiting) > most:
                 self._waiting.popleft().result()
@@ -179,6 +208,48 @@ class CheckpointWriter:
             while self._waiting:
                 self._waiting.popleft().cancel()
             raise
+
+    def _begin(self, work: Callable[..., None], *arguments: Any) -> Future[None]:
+        """Queue `work` for the thread `beside`."""
+        task = self._beside.submit(work, *arguments)
+        self._tasks.append(task)
+        return task
+
+    def _raise_of_beside(self) -> None:
+        """Raise the first error of the thread `beside`."""
+        while self._tasks and self._tasks[0].done():
+            self._tasks.popleft().result()
+
+    def _copy_beside(self, tensor: TensorInfo) -> None:
+        found = self._copy(tensor, ByteCount())
+        if self._given_up.is_set():
+            return
+        self._hashes[tensor.name] = found
+        self._unsynced.append(tensor.name)
+        if self.nbytes(self._unsynced) >= SYNC_BYTES:
+            self._sync_copies()
+
+    def _sync_copies(self) -> None:
+        """Make copied tensors durable, often enough that a signal need not wait for long."""
+        names, self._unsynced = self._unsynced, []
+        for file in dict.fromkeys(self._positions[name][0] for name in names):
+            file.sync()
+
+    def _copy(self, tensor: TensorInfo, count: ByteCount) -> str:
+        """Copy the bytes of one source tensor, tell their number, and return their hash."""
+        file, offset = self._positions[tensor.name]
+        digest = sha256()
+        with file_errors(tensor.file, writing=False), tensor.file.open("rb", buffering=0) as source:
+            for start in range(tensor.start, tensor.end, COPY_BYTES):
+                if self._given_up.is_set():
+                    break
+                chunk = os.pread(source.fileno(), min(COPY_BYTES, tensor.end - start), start)
+                if not is_finite(chunk, tensor.dtype):
+                    raise not_finite(tensor)
+                file.write_at(offset + start - tensor.start, chunk)
+                digest.update(chunk)
+                count.passed(len(chunk))
+        return digest.hexdigest()
 
     def _copies(self, tensor: Tensor) -> DeviceCopies:
         """Return what copies tensors of this device."""

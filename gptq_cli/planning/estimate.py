@@ -707,7 +707,8 @@ class Rates:
 class Seconds:
     """The time of a run on equal devices: computing, sending, and reading the model meanwhile.
 
-    `fixed` is the time before and after the blocks: starting, hashing the model and the output.
+    `beside` is the time of the thread that copies tensors meanwhile, `fixed` the time before and
+    after the blocks: starting, hashing the model and the output.
     """
 
     forward: float = 0.0
@@ -716,13 +717,14 @@ class Seconds:
     solve: float = 0.0
     network: float = 0.0
     reading: float = 0.0
+    beside: float = 0.0
     fixed: float = 0.0
 
     @property
     def total(self) -> float:
-        """Seconds of the whole run; the model is read while other parts work."""
+        """Seconds of the whole run; threads read and copy while other parts work."""
         working = self.forward + self.hessian + self.factor + self.solve + self.network
-        return max(working, self.reading) + self.fixed
+        return max(working, self.reading, self.beside) + self.fixed
 
     def plus(self, other: Seconds) -> Seconds:
         return Seconds(
@@ -732,6 +734,7 @@ class Seconds:
             self.solve + other.solve,
             self.network + other.network,
             self.reading + other.reading,
+            self.beside + other.beside,
             self.fixed + other.fixed,
         )
 
@@ -767,17 +770,16 @@ def estimate_time(plan: RunPlan, config: QuantizeConfig, rates: Rates) -> Second
     seconds = estimate_seconds(plan.layers, text, 1, plan.source.nbytes, rates)
     if plan.loss_aware:
         seconds = seconds.plus(_gradient_seconds(plan, config, text, rates))
-    return seconds.plus(Seconds(fixed=sum(fixed_seconds(plan, rates).values())))
+    fixed = sum(fixed_seconds(plan, rates).values())
+    return seconds.plus(Seconds(beside=beside_seconds(plan, rates), fixed=fixed))
 
 
 def fixed_seconds(plan: RunPlan, rates: Rates) -> dict[str, float]:
     """Return the seconds before the first block and after the last one, by what takes them.
 
-    Kernels are compiled while the model is read and hashed. After the blocks one thread copies and
-    hashes the other tensors, the output is read back tensor by tensor, and its files are hashed
-    for the manifest.
+    Kernels are compiled while the model is read and hashed. After the blocks the output is read
+    back tensor by tensor, and its files are hashed for the manifest.
     """
-    copied = sum(tensor.nbytes for tensor in plan.copied)
     files = Counter[Path]()
     for tensor in plan.source.tensors.values():
         files[tensor.file] += tensor.nbytes
@@ -789,10 +791,15 @@ def fixed_seconds(plan: RunPlan, rates: Rates) -> dict[str, float]:
             plan.source.nbytes / rates.disk,
             _hashing_seconds(files.values(), rates),
         ),
-        "copy": copied * rates.hash_threads / rates.hashes + copied / rates.writes,
         "verify": plan.layout.nbytes / rates.hashes,
         "manifest": _hashing_seconds(written, rates),
     }
+
+
+def beside_seconds(plan: RunPlan, rates: Rates) -> float:
+    """Return the seconds of one thread that copies and hashes tensors during the blocks."""
+    copied = sum(tensor.nbytes for tensor in plan.copied)
+    return copied * rates.hash_threads / rates.hashes + copied / rates.writes
 
 
 def _hashing_seconds(files: Iterable[int], rates: Rates) -> float:

@@ -545,7 +545,9 @@ def _writing_output(
                 run.limits.check_fallbacks(record.layers)  # those of resumed blocks
                 run.saved = FinishedBlocks(run.ranks, plan.n_steps, store)
                 run.keep = partial(_write_layers, writer, plan.packing)
-                if plan.source.download is not None:
+                if plan.source.download is None:
+                    writer.copy_beside(_unchanged(plan))
+                else:
                     plan.source.download.take = partial(copy_others, writer, plan)
                 yield
             record(PhaseStarted("copy", counted(len(plan.copied), "other tensor")))
@@ -589,6 +591,12 @@ def _write_layers(
                 writer.write(f"{layer.name}.{part}", tensor)
 
 
+def _unchanged(plan: RunPlan) -> list[TensorInfo]:
+    """Return the tensors whose bytes are copied; a decoded one would be held in memory as well."""
+    decoded = {tensor.name for tensor in plan.decoded}
+    return [tensor for tensor in plan.copied if tensor.name not in decoded]
+
+
 def copy_others(
     writer: CheckpointWriter, plan: RunPlan, prefix: str = "", report: Report = ignore
 ) -> None:
@@ -602,13 +610,13 @@ def copy_others(
     for layer in plan.kept:
         if layer.transposed and plan.plain.is_packed(layer.weight.name):
             transposed.add(layer.weight.name)
-    missing = []
-    for tensor in plan.copied:
-        if tensor.name.startswith(prefix) and not writer.is_written(tensor.name):
-            missing.append(tensor)
-    count = ByteCount(report, sum(tensor.nbytes for tensor in missing))
+    wanted = [tensor for tensor in plan.copied if tensor.name.startswith(prefix)]
+    count = ByteCount(report, sum(tensor.nbytes for tensor in wanted))
     reader = open_reader(plan.source)
-    for tensor in missing:
+    for tensor in wanted:
+        if writer.is_written(tensor.name):
+            count.passed(tensor.nbytes)
+            continue
         plan.source.fetch(tensor.name)
         if tensor.name in decoded:
             weight = _decoded(reader, tensor)

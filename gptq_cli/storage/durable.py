@@ -16,6 +16,7 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager, suppress
 from hashlib import sha256
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 from filelock import FileLock
@@ -80,12 +81,14 @@ disk = Disk()
 class OpenFile:
     """A file that is written in parts, in any order; the parts survive once `sync` has returned.
 
-    `size` sets the length of the file; bytes that it already holds are kept.
-    Raises ResourceError E_DISK if the disk refuses an operation.
+    `size` sets the length of the file; bytes that it already holds are kept. Threads may share the
+    file. Raises ResourceError E_DISK if the disk refuses an operation.
     """
 
     def __init__(self, path: Path, size: int) -> None:
         self.path = path
+        self._syncing = Lock()
+        self._failed: OSError | None = None
         with disk_errors(path):
             self._descriptor = disk.open(path, os.O_RDWR | os.O_CREAT)
         try:
@@ -110,9 +113,18 @@ class OpenFile:
                 view, offset = view[written:], offset + written
 
     def sync(self) -> None:
-        """Flush the file to the disk; an error is final."""
-        with disk_errors(self.path):
-            disk.fsync(self._descriptor)
+        """Flush the file to the disk; an error is final, and every later call raises it again.
+
+        The kernel tells an error once for a descriptor, to whichever thread asks first.
+        """
+        with self._syncing, disk_errors(self.path):
+            if self._failed is not None:
+                raise self._failed
+            try:
+                disk.fsync(self._descriptor)
+            except OSError as error:
+                self._failed = error
+                raise
 
     def close(self) -> None:
         """Close the file; only `sync` makes its bytes durable."""

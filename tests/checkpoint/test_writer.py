@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Callable
+from concurrent.futures import wait
 from pathlib import Path
 from threading import Event, Timer, current_thread, main_thread
 from threading import enumerate as enumerate_threads
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
+from gptq_cli.checkpoint.headers import read_header
 from gptq_cli.checkpoint.layout import TensorSpec, plan_layout
 from gptq_cli.checkpoint.source import open_checkpoint
 from gptq_cli.checkpoint.writer import MOST_WAITING, CheckpointWriter
 from gptq_cli.errors import ResourceError
+from gptq_cli.files import ByteCount, BytesDone
 from gptq_cli.storage.durable import Disk
 from tests.disks import using
 
@@ -129,3 +134,40 @@ def test_sync_raises_an_error_of_an_earlier_write(tmp_path: Path) -> None:
             writer.sync()
         assert writer.sync() == {}  # the error of the second tensor is not raised again
     assert "writer" not in {thread.name.partition("_")[0] for thread in enumerate_threads()}
+
+
+@pytest.mark.parametrize("call", ["write", "sync", "finish"])
+def test_the_next_call_raises_an_error_of_the_copying_thread(call: str, tmp_path: Path) -> None:
+    class FullForCopies(Disk):
+        def write(self, descriptor: int, data: memoryview, offset: int) -> int:
+            if current_thread().name.startswith("beside"):
+                raise OSError(errno.ENOSPC, "no room")
+            return super().write(descriptor, data, offset)
+
+    save_file({"a": A}, tmp_path / "source.safetensors")
+    calls: dict[str, Callable[[CheckpointWriter], object]] = {
+        "write": lambda writer: writer.write("b", B),
+        "sync": CheckpointWriter.sync,
+        "finish": CheckpointWriter.finish,
+    }
+    with using(FullForCopies()), CheckpointWriter(tmp_path / "out", LAYOUT) as writer:
+        writer.copy_beside(read_header(tmp_path / "source.safetensors").values())
+        wait(writer._tasks)
+        with pytest.raises(ResourceError, match="no room") as caught:
+            calls[call](writer)
+        assert (caught.value.code, caught.value.exit_code) == ("E_DISK", 5)
+    assert "beside" not in {thread.name.partition("_")[0] for thread in enumerate_threads()}
+
+
+def test_a_tensor_is_copied_once_by_either_thread(tmp_path: Path) -> None:
+    save_file({"a": A}, tmp_path / "source.safetensors")
+    (tensor,) = read_header(tmp_path / "source.safetensors").values()
+    told: list[BytesDone] = []
+    with CheckpointWriter(tmp_path / "out", LAYOUT) as writer:
+        writer.write("b", B)
+        writer.copy_beside([tensor])
+        writer.copy(tensor, ByteCount(told.append, tensor.nbytes))
+        assert told == [BytesDone(24, 24)]
+        assert writer.sync().keys() == {"b"}
+        writer.finish()
+    assert load_file(tmp_path / "out" / LAYOUT.shards[0].file)["a"].equal(A)

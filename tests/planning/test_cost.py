@@ -19,6 +19,7 @@ from gptq_cli.planning.estimate import (
     Calibration,
     Rates,
     Term,
+    beside_seconds,
     estimate_memory,
     estimate_seconds,
     estimate_time,
@@ -181,9 +182,8 @@ def test_each_layer_costs_launches_and_each_run_a_start(tmp_path: Path) -> None:
     quick = replace(ONE, disk=math.inf)
     plain = estimate_time(plan, settings, quick)
     fixed = estimate_time(plan, settings, replace(quick, start=5.0, hashes=10.0))
-    copied = sum(tensor.nbytes for tensor in plan.copied)
-    # The model is hashed, the other tensors, and the output twice: read back and for the manifest.
-    hashed = plan.source.nbytes + copied + plan.layout.nbytes
+    # The model is hashed, and the output twice: read back and for the manifest.
+    hashed = plan.source.nbytes + plan.layout.nbytes
     written = sum(shard.size for shard in plan.layout.shards)
     assert fixed.fixed == pytest.approx(5 + (hashed + written) / 10)
     assert fixed.total == plain.total + fixed.fixed
@@ -202,13 +202,25 @@ def test_a_file_is_hashed_by_one_thread_while_kernels_compile(tmp_path: Path) ->
     assert of_one["manifest"] == total / 8
     assert of_four["manifest"] == 4 * largest / 8
     assert of_four["source"] == 4 * plan.source.nbytes / 8
-    assert of_four["copy"] == 4 * of_one["copy"] > 0
     compiling = fixed_seconds(plan, replace(rates, kernels=1e9))
     assert compiling == of_four | {"source": 1e9}
     reading = fixed_seconds(plan, replace(rates, disk=1.0))
     assert reading == of_four | {"source": plan.source.nbytes}
-    writing = fixed_seconds(plan, replace(rates, writes=2.0))
-    assert writing["copy"] == of_four["copy"] + sum(tensor.nbytes for tensor in plan.copied) / 2
+
+
+def test_tensors_are_copied_beside_the_blocks(tmp_path: Path) -> None:
+    settings = config(nsamples=2, batch_size=2)
+    plan = plan_run(save_model(tmp_path / "model"), settings)
+    copied = sum(tensor.nbytes for tensor in plan.copied)
+    quick = replace(ONE, disk=math.inf, hashes=8.0)
+    rates = replace(quick, hash_threads=4, writes=2.0)
+    assert beside_seconds(plan, quick) == copied / 8 > 0
+    assert beside_seconds(plan, rates) == 4 * copied / 8 + copied / 2
+    short = estimate_time(plan, settings, rates)
+    assert short.beside == beside_seconds(plan, rates)
+    assert short.total == estimate_time(plan, settings, replace(rates, writes=math.inf)).total
+    long = estimate_time(plan, settings, replace(rates, writes=1e-9))
+    assert long.total == pytest.approx(copied * 1e9 + 4 * copied / 8 + long.fixed)
 
 
 def test_the_cost_model_takes_half_the_operations_of_an_h100() -> None:

@@ -6,6 +6,7 @@ import errno
 import os
 import socket
 import stat
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from pathlib import Path
 
@@ -91,6 +92,23 @@ def test_failed_fsync_is_not_repeated(tmp_path: Path) -> None:
         write_file(tmp_path / "file", b"new")
     assert disk.operations.count("fsync") == 1
     assert not (tmp_path / "file").exists()
+
+
+def test_a_failed_fsync_of_an_open_file_fails_every_later_one(tmp_path: Path) -> None:
+    class Once(CountingDisk):
+        def before(self, _number: int, name: str) -> None:
+            if name == "fsync" and self.operations.count("fsync") == 2:
+                raise OSError(errno.EIO, "lost")
+
+    with using(Once()), OpenFile(tmp_path / "shard", 4) as file:
+        file.sync()
+        with ThreadPoolExecutor(1) as thread:
+            told = thread.submit(file.sync).exception()
+        assert isinstance(told, ResourceError)
+        for _ in range(2):
+            with pytest.raises(ResourceError, match=r"cannot write `.*shard`: lost") as caught:
+                file.sync()
+            assert (caught.value.code, caught.value.exit_code) == ("E_DISK", 5)
 
 
 def test_files_are_not_written_through_symbolic_links(tmp_path: Path) -> None:
