@@ -259,18 +259,19 @@ def refusal(findings: Sequence[Finding]) -> ConfigError:
 
 
 def _deepest(findings: list[Finding]) -> list[Finding]:
-    """Return one finding for each place and code.
+    """Return one finding for each place.
 
-    A union reports each of its members; the member that got deepest into the value knows best.
+    A union reports each of its members; the member that got deepest into the value knows best, and
+    of these the first.
     """
-    first: dict[tuple[KeyPath, str], Finding] = {}
+    first: dict[KeyPath, Finding] = {}
     above: set[KeyPath] = set()
     for finding in findings:
         path = finding.paths[0]
-        first.setdefault((path, finding.code), finding)
+        first.setdefault(path, finding)
         if path[0] != "dynamic":
             above.update(path[:length] for length in range(1, len(path)))
-    return [finding for (path, _), finding in first.items() if path not in above]
+    return [finding for path, finding in first.items() if path not in above]
 
 
 def _finding(detail: ErrorDetails, values: Mapping[str, Any], model: type[BaseModel]) -> Finding:
