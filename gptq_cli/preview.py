@@ -40,6 +40,7 @@ from gptq_cli.planning.estimate import (
     estimate_download,
     estimate_time,
     estimate_within_limits,
+    gradient_tokens,
     total,
 )
 from gptq_cli.planning.plan import plan_checkpoint, with_group_size
@@ -355,6 +356,7 @@ def _engines(
 def _warn(result: PlanResult, config: QuantizeConfig, report: Report) -> None:
     notes = notes_on_output(result.output)
     notes += _notes_on_stacks(result.plan)
+    notes += _notes_on_gradients(result.plan, config)
     notes += notes_on_limits(result.plan, config, result.devices)
     for note in notes:
         report(Noted(note))
@@ -365,6 +367,14 @@ def _warn(result: PlanResult, config: QuantizeConfig, report: Report) -> None:
         report(Warned("W_DISK", text))
     for code, remark in remarks(result.plan, config):
         report(Warned(code, remark))
+
+
+def _notes_on_gradients(plan: RunPlan, config: QuantizeConfig) -> list[str]:
+    """Return a note about the pass that takes gradients before the first block, if there is one."""
+    if not plan.loss_aware:
+        return []
+    tokens = f"{gradient_tokens(plan, config):,} tokens"
+    return [f"the run first takes gradients of {tokens}, so it reads the model two more times"]
 
 
 def _notes_on_stacks(plan: RunPlan) -> list[str]:

@@ -2,6 +2,7 @@
 """Compare whole runs of gptq_cli, GPTQModel, llm-compressor and auto-round, taking turns.
 
     python scripts/bench_peers.py --gptqmodel PYTHON --llmcompressor PYTHON --autoround PYTHON
+        [--autoround-light PYTHON]
     python scripts/bench_peers.py ... --model DIR --calibration FILE --evaluation FILE --bits 3
 
 Each run is a process of its own, and all calibrate on the same token windows. Without --model a
@@ -23,7 +24,7 @@ import time
 from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from common import ROOT, benchmark_parser, median_of, save_random_model, write_json
 
@@ -40,7 +41,22 @@ WORDS = (
     "the model reads some words and then some other words, 1 2 3 or 4 of them; "
     "it does not mind which. "
 )
-PEERS = {"gptqmodel": "gptqmodel", "llmcompressor": "llmcompressor", "autoround": "auto-round"}
+
+
+class Peer(NamedTuple):
+    """Another tool: its package, and the script in `peers/` with the words after the settings."""
+
+    package: str
+    script: str
+    words: tuple[str, ...] = ()
+
+
+PEERS = {
+    "gptqmodel": Peer("gptqmodel", "run_gptqmodel.py"),
+    "llmcompressor": Peer("llmcompressor", "run_llmcompressor.py"),
+    "autoround": Peer("auto-round", "run_autoround.py"),
+    "autoround_light": Peer("auto-round", "run_autoround.py", ("light",)),
+}
 
 
 @dataclass(frozen=True)
@@ -85,12 +101,12 @@ def tools(arguments: argparse.Namespace, model: Path, text: Path, ids: Path) -> 
     found = []
     for preset in arguments.presets:
         found.append(Tool(f"gptq_cli {preset}", [*ours, "--preset", preset]))
-    for name in PEERS:
+    for name, peer in PEERS.items():
         python = getattr(arguments, name)
         if python:
-            runner = ROOT / "scripts" / "peers" / f"run_{name}.py"
+            runner = ROOT / "scripts" / "peers" / peer.script
             words = [python, str(runner), str(model), "OUT", str(ids), bits, group_size]
-            found.append(Tool(name, words))
+            found.append(Tool(name, [*words, *peer.words]))
     return found
 
 
@@ -169,9 +185,9 @@ def print_medians(report: dict[str, Any]) -> None:
 
 def parse() -> argparse.Namespace:
     parser = benchmark_parser(__doc__)
-    for name, package in PEERS.items():
-        words = f"python of an environment with {package}"
-        parser.add_argument(f"--{name}", metavar="PYTHON", help=words)
+    for name, peer in PEERS.items():
+        words = " ".join([f"python of an environment with {peer.package}", *peer.words])
+        parser.add_argument(f"--{name.replace('_', '-')}", metavar="PYTHON", help=words)
     parser.add_argument("--presets", nargs="+", default=["gptq"])
     parser.add_argument("--model", type=Path)
     parser.add_argument("--calibration", type=Path, help="text file")

@@ -26,6 +26,7 @@ TOOLS = {
     "gptqmodel": ("GPTQModel 7.7", "#9aa0a6"),
     "llmcompressor": ("llm-compressor 0.14", "#c5c9ce"),
     "autoround": ("auto-round 0.15", "#6aa384"),
+    "autoround_light": ("auto-round 0.16, light", "#a5c9b5"),
     "gptq_cli gptq": ("gptq_cli, preset gptq", "#f4b183"),
     "gptq_cli fast": ("gptq_cli, preset fast", "#e8964f"),
     "gptq_cli balanced": ("gptq_cli, preset balanced (default)", "#2f6fb5"),

@@ -136,3 +136,24 @@ def test_the_parts_of_a_block_are_those_of_a_run(monkeypatch: pytest.MonkeyPatch
     least = bench.floors(bench.SHAPES["tiny-moe"], settings.base, bench.Text(64, 16), bench.H100)
     assert set(block) == {*least, "other"}
     assert all(seconds > 0 for seconds in block.values())
+
+
+def test_each_recipe_of_a_peer_is_a_tool_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = script("bench_peers", monkeypatch)
+    environments = dict.fromkeys(bench.PEERS)
+    environments |= {"autoround": "ar/python", "autoround_light": "light/python"}
+    sizes = {"bits": 3, "group_size": 64, "nsamples": 2, "seqlen": 8}
+    arguments = Namespace(**sizes, **environments, presets=["gptq"])
+    paths = [tmp_path / name for name in ("model", "text", "ids")]
+    ours, whole, light = bench.tools(arguments, *paths)
+    settings = [str(paths[0]), "OUT", str(paths[2]), "3", "64"]
+    assert [tool.name for tool in (ours, whole, light)] == [
+        "gptq_cli gptq",
+        "autoround",
+        "autoround_light",
+    ]
+    assert whole.command == ["ar/python", whole.command[1], *settings]
+    assert light.command == ["light/python", whole.command[1], *settings, "light"]
+    assert Path(whole.command[1]).is_file()

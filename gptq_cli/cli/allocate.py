@@ -7,7 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from gptq_cli.cli import options as o
-from gptq_cli.cli.console import Console, aligned, indented_lines, on_one_line
+from gptq_cli.cli.console import (
+    Console,
+    aligned,
+    fitted,
+    indented_lines,
+    on_one_line,
+    with_engines,
+)
 from gptq_cli.cli.quantize import SETTINGS, launch_processes, working
 from gptq_cli.config.fields import Panel, seconds
 from gptq_cli.config.layer import BITS
@@ -124,8 +131,7 @@ def _show(console: Console, result: AllocateResult) -> None:
 
     why = about_units(measured.fusing, measured.base.target)
     count = counted(len(measured.units), "unit")
-    lines = [on_one_line(f"{measured.model}: {count}; {why}"), ""]
-    lines += aligned(_rows(result), right={0, 1, 2, 3})
+    lines = [fitted(on_one_line(f"{measured.model}: {count}; {why}")), "", *_table(result)]
     if chosen is not None:
         lines += ["", *_chosen_lines(chosen), *_picture(measured, chosen)]
     lines += ["", f"time {clock(measured.seconds)}"]
@@ -137,8 +143,8 @@ def _show(console: Console, result: AllocateResult) -> None:
     console.result(result.to_json(), "\n".join(lines), short)
 
 
-def _rows(result: AllocateResult) -> list[tuple[str, ...]]:
-    """Return the frontier as rows of a table, with the uniform widths between."""
+def _table(result: AllocateResult) -> list[str]:
+    """Return the frontier as lines of a table, with the uniform widths between."""
     entries = []
     known = set()
     for width, entry in result.uniform.items():
@@ -148,9 +154,7 @@ def _rows(result: AllocateResult) -> list[tuple[str, ...]]:
         if entry.allocation.widths not in known:
             entries.append((entry, "mixed"))
     entries.sort(key=lambda pair: (pair[0].allocation.bits, pair[1]))
-    rows: list[tuple[str, ...]] = [
-        ("bits", "size", "per weight", "expected KL", "widths", "loads in")
-    ]
+    rows = [("bits", "size", "per weight", "expected KL", "widths")]
     for entry, what in entries:
         allocation = entry.allocation
         rows.append(
@@ -160,10 +164,9 @@ def _rows(result: AllocateResult) -> list[tuple[str, ...]]:
                 f"{entry.bits_per_weight:.2f}",
                 f"{allocation.kl:.4g}",
                 what,
-                ", ".join(entry.loads) or "no engine",
             )
         )
-    return rows
+    return with_engines(aligned(rows, right={0, 1, 2, 3}), [entry.loads for entry, _ in entries])
 
 
 def _chosen_lines(entry: Entry) -> list[str]:

@@ -448,6 +448,19 @@ def shortened(names: Sequence[str], width: int, noun: str) -> str:
     return "-"
 
 
+def with_engines(
+    lines: Sequence[str], loads: Sequence[Sequence[str]], most: int = sys.maxsize
+) -> list[str]:
+    """Return the `lines` of a table with a last column: the engines that load each row.
+
+    The column has `most` letters at most, and fewer if stdout is a narrower terminal.
+    """
+    room = min(most, window() - max(map(len, lines)) - 2)
+    cells = ["loads in", *[shortened(engines, room, "engine") for engines in loads]]
+    width = max(map(len, lines))
+    return [f"{line:{width}}  {cell}" for line, cell in zip(lines, cells, strict=True)]
+
+
 def row_lines(rows: Sequence[Row]) -> list[str]:
     """Return an aligned line for each row: count, name, shape, settings, reason."""
     cells = []

@@ -14,8 +14,8 @@ from gptq_cli.cli.console import (
     indented_lines,
     on_one_line,
     row_lines,
-    shortened,
     window,
+    with_engines,
 )
 from gptq_cli.cli.progress import Progress
 from gptq_cli.config.fields import AUTO
@@ -25,7 +25,7 @@ from gptq_cli.planning.estimate import Disk, DownloadPlan, Seconds, total
 from gptq_cli.preview import PlanResult, TextPlan, preview_run
 
 ENGINES_SHOWN = 24  # columns
-HEADS = ("bits", "group", "size", "bpw", "CPU", "GPU", "loads in")
+HEADS = ("bits", "group", "size", "bpw", "CPU", "GPU")
 
 
 def show_plan(
@@ -76,7 +76,7 @@ def _table(found: PlanResult, group_size: int | str) -> list[str]:
     `group_size` is that of the configuration.
     """
     planned = {(layer.bits, layer.group_size) for layer in found.plan.settings.values()}
-    cells = [HEADS[:-1]]
+    cells = [HEADS]
     for choice in found.choices:
         mark = ""
         if {(choice.bits, choice.group_size)} == planned:
@@ -92,9 +92,7 @@ def _table(found: PlanResult, group_size: int | str) -> list[str]:
             )
         )
     numbers = aligned(cells, right=range(len(cells[0])))
-    room = min(ENGINES_SHOWN, window() - len(numbers[0]) - 2)
-    engines = [HEADS[-1]]
-    engines += [shortened(choice.loads, room, "engine") for choice in found.choices]
+    rows = with_engines(numbers, [choice.loads for choice in found.choices], ENGINES_SHOWN)
     marked = "* the defaults:"
     if group_size not in {planned_size for _, planned_size in planned}:
         marked = f"* the defaults with --group-size {AUTO}:"
@@ -105,7 +103,6 @@ def _table(found: PlanResult, group_size: int | str) -> list[str]:
         "bpw: bits per quantized weight, with all that is stored for it",
         "CPU and GPU: about the memory of a run there (estimates); GPU not measured",
     ]
-    rows = map("  ".join, zip(numbers, engines, strict=True))
     return [*rows, "", *[fitted(line, indent=8) for line in below]]
 
 

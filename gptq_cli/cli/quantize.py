@@ -441,7 +441,7 @@ def _error_lines(layers: Sequence[LayerReport]) -> list[str]:
 
 
 def _strength_lines(layers: Sequence[LayerReport]) -> list[str]:
-    """Return a line about the strengths with which layers follow the unquantized model, if any."""
+    """Return a line about the part of earlier errors that layers make up for, if they do."""
     strengths = []
     for layer in layers:
         if layer.asymmetric_calibration is not None:
@@ -449,8 +449,8 @@ def _strength_lines(layers: Sequence[LayerReport]) -> list[str]:
     if not strengths:
         return []
     mean = math.fsum(strengths) / len(strengths)
-    between = f"from {min(strengths):.2f} to {max(strengths):.2f}"
-    return [f"follow strength {mean:.2f} of asymmetric calibration on average, {between}"]
+    between = f"from {min(strengths):.0%} to {max(strengths):.0%}"
+    return [f"follow each layer makes up for {mean:.0%} of earlier errors on average, {between}"]
 
 
 def _loss_lines(layers: Sequence[LayerReport]) -> list[str]:

@@ -84,8 +84,12 @@ def formats_for(bits: int, group_size: int, *, g_idx: bool) -> list[str]:
 
 @dataclass(frozen=True, slots=True)
 class Preset:
-    """A named starting point: its `settings` fill only the fields that the user left open."""
+    """A named starting point: its `settings` fill only the fields that the user left open.
 
+    `advice` tells in a few words when to take it.
+    """
+
+    advice: str
     description: str
     settings: Mapping[str, Any]
 
@@ -104,34 +108,45 @@ BALANCED: dict[str, Any] = {
 # docs/accuracy.md has the effect of each on the divergence from the original model.
 PRESETS: dict[str, Preset] = {
     "gptq": Preset(
+        "as published",
         "the published algorithm with the defaults of Optimum's GPTQQuantizer: group-aware order, "
         "min/max scales, mean damping of 0.1",
         {},
     ),
     "act-order": Preset(
+        "in activation order",
         "`gptq` with static groups: columns in activation order, but g_idx stays trivial",
         {"static_groups": True},
     ),
     "balanced": Preset(
+        "for most models",
         "static groups in activation order, signed scales with a search, diagonal damping, "
         "limited massive tokens, four rounds of refinement",
         BALANCED,
     ),
     "fast": Preset(
+        "first try",
         "`balanced` without search and refinement",
         BALANCED | {"scale_search": "none", "refine_sweeps": 0},
     ),
     "best": Preset(
+        "better in twice the time",
         "`balanced` and asymmetric calibration: the unquantized model runs beside the quantized "
         "one, block by block",
         BALANCED | {"asymmetric_calibration": "auto"},
     ),
     "max": Preset(
+        "most accurate, slowest",
         "`best` and loss-aware rounding: a pass before the first block takes the gradients of the "
         "model's loss at the outputs of layers",
         BALANCED | {"asymmetric_calibration": "auto", "loss_aware": True},
     ),
 }
+
+
+def preset_advice() -> str:
+    """Return the presets with the advice for each, as `--help` shows them."""
+    return ", ".join(f"{name} = {preset.advice}" for name, preset in PRESETS.items())
 
 
 @dataclass(frozen=True, slots=True)

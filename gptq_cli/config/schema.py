@@ -62,6 +62,7 @@ from gptq_cli.config.layer import (
     keeps,
     misfits,
     pattern_of,
+    preset_advice,
 )
 from gptq_cli.config.serving import TARGETS
 from gptq_cli.errors import ConfigError, Finding, KeyPath, one_of
@@ -325,10 +326,8 @@ class QuantizeConfig(BaseModel):
         default=False, description="run Python code that comes with the model"
     )
     preset: Annotated[
-        PresetName, Option(Panel.ALGORITHM, metavar="NAME", note=f": {', '.join(PRESETS)}")
-    ] = Field(
-        default=DEFAULT_PRESET, description="named starting point for all fields that are not given"
-    )
+        PresetName, Option(Panel.ALGORITHM, metavar="NAME", note=f": {preset_advice()}")
+    ] = Field(default=DEFAULT_PRESET, description="starting point for fields that are not given")
 
     @model_validator(mode="before")
     @classmethod

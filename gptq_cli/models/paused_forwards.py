@@ -32,7 +32,7 @@ from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
-from itertools import count
+from itertools import chain, count
 from threading import Semaphore, Thread, current_thread
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
@@ -115,11 +115,12 @@ class Probe:
 class Prober:
     """A cache of probes: one block of each kind is run.
 
-    Two blocks are of one kind if their `str` is equal: the same modules, classes and sizes.
+    Two blocks are of one kind if they have the same modules, classes and sizes, and if their
+    scalars are 1 in the same places: a multiplier that is 1 hides in a sum.
     """
 
     def __init__(self) -> None:
-        self._known: dict[str, Probe] = {}
+        self._known: dict[tuple[str, ...], Probe] = {}
 
     def __call__(
         self,
@@ -135,12 +136,21 @@ class Prober:
         if they are asked for.
         """
         names = list(linears)
-        kind = str(block)
+        kind = (str(block), *_scalars_of_one(block))
         if kind not in self._known:
             positions = {name: str(position) for position, name in enumerate(names)}
             probe = probe_block(linears, run, block if residuals else None)
             self._known[kind] = _renamed(probe, positions)
         return _renamed(self._known[kind], {str(i): name for i, name in enumerate(names)})
+
+
+def _scalars_of_one(block: nn.Module) -> list[str]:
+    """Return the names of the parameters and buffers that are a single 1."""
+    found = []
+    for name, tensor in chain(block.named_parameters(), block.named_buffers()):
+        if tensor.numel() == 1 and tensor.item() == 1:
+            found.append(name)
+    return found
 
 
 def probe_block(

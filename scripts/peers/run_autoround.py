@@ -1,6 +1,6 @@
-"""Tune MODEL with auto-round's defaults and save it as a plain gptq checkpoint.
+"""Tune MODEL with one of auto-round's recipes and save it as a plain gptq checkpoint.
 
-    python run_autoround.py MODEL OUT IDS.json BITS GROUP_SIZE
+    python run_autoround.py MODEL OUT IDS.json BITS GROUP_SIZE [default|light]
 
 `bench_peers.py` runs it in an environment that has auto-round.
 """
@@ -15,7 +15,10 @@ os.environ["CUDA_VISIBLE_DEVICES"] = ""
 import torch
 from auto_round import AutoRound
 
-model, output, ids, bits, group_size = sys.argv[1:]
+# what the commands `auto-round` and `auto-round-light` of version 0.16.1 change
+RECIPES = {"default": {}, "light": {"iters": 50, "lr": 5e-3}}
+
+model, output, ids, bits, group_size, recipe = [*sys.argv[1:], "default"][:6]
 rows = torch.tensor(json.loads(Path(ids).read_text()))
 tuned = AutoRound(
     model,
@@ -30,6 +33,7 @@ tuned = AutoRound(
     seqlen=rows.shape[1],
     nsamples=len(rows),
     device_map="cpu",
+    **RECIPES[recipe],
 )
 tuned.quantize_and_save(output, format="auto_gptq")
 (folder,) = Path(output).iterdir()  # named after the model, the bits and the group size

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +91,21 @@ def test_the_result_shows_the_frontier_and_the_width_of_each_unit(gptq: Run, pla
     (picture,) = [line for line in lines if "self_attn.v_proj" in line]
     assert set(picture.split()[1]) <= {"2", "3", "4"}
     assert len(picture.split()[1]) == 3
+
+
+def test_the_frontier_fits_a_terminal_of_80_columns(
+    gptq: Run, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    console = import_module("gptq_cli.cli.console")
+    words = [*settings(place), "--allow-bits=2,3,4,8"]
+    wide = gptq("allocate", *words).stdout.splitlines()
+    monkeypatch.setattr(console, "window", lambda: 80)
+    narrow = gptq("allocate", *words).stdout.splitlines()
+    assert max(map(len, wide)) > 80 >= max(map(len, narrow))
+    shown = [line for line in narrow if " +" in line]
+    assert len(shown) > 2
+    for line in shown:
+        assert any(full.startswith(line.rpartition(" +")[0]) for full in wide)
 
 
 def test_what_an_engine_fuses_has_one_width(gptq: Run, place: Path) -> None:

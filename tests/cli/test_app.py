@@ -13,6 +13,7 @@ from gptq_cli import __version__
 from gptq_cli.__main__ import main
 from gptq_cli.cli import help_page
 from gptq_cli.cli.app import COMMANDS, GROUPS, load_command
+from gptq_cli.config.layer import PRESETS
 from gptq_cli.errors import (
     ConfigError,
     ExistsError,
@@ -100,6 +101,13 @@ def test_every_help_page_fits_and_names_every_option(
         for parameter in command.params:
             assert parameter.opts[-1] in page or parameter.metavar in page
         assert not re.search(r"<\w+>", page)
+
+
+def test_help_tells_when_to_take_each_preset(gptq: Run) -> None:
+    shown = " ".join(gptq("quantize", "--help").stdout.split())
+    for name, preset in PRESETS.items():
+        assert f"{name} = {preset.advice}" in shown
+    assert len({preset.advice for preset in PRESETS.values()}) == len(PRESETS)
 
 
 def test_a_title_is_bold_on_a_terminal_alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ import pytest
 import typer
 
 from gptq_cli.cli.app import app
-from gptq_cli.cli.console import as_json_text, fitted, shortened
+from gptq_cli.cli.console import as_json_text, fitted, shortened, with_engines
 from gptq_cli.errors import clock, size
 
 from .conftest import Run
@@ -57,6 +57,20 @@ def test_only_a_narrow_terminal_wraps_prose(
     assert shown[1:] == [" " * 10 + "/a/path/that/is/longer/than/the/terminal/is/wide"]
     monkeypatch.setenv("COLUMNS", "200")
     assert fitted(line, 10) == line
+
+
+def test_engines_fill_the_rest_of_a_row_of_a_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines, loads = ["bits  size", " 3.5"], [["vllm", "mlx-lm", "exllamav3", "auto-round"]]
+    whole = ["bits  size  loads in", " 3.5        vllm, mlx-lm, exllamav3, auto-round"]
+    monkeypatch.setenv("COLUMNS", "30")
+    assert with_engines(lines, loads) == whole
+    assert with_engines(lines, [[]])[1] == " 3.5        -"
+    assert with_engines(lines, loads, 12)[1] == " 3.5        vllm +3"
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    assert with_engines(lines, loads)[1] == " 3.5        vllm, mlx-lm +2"
+    assert with_engines(lines, loads, 12)[1] == " 3.5        vllm +3"
+    monkeypatch.setenv("COLUMNS", "16")
+    assert with_engines(lines, loads)[1] == " 3.5        4 engines"
 
 
 class Screen(io.StringIO):

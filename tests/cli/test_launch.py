@@ -316,7 +316,8 @@ def listening(process: psutil.Process) -> set[str]:
 
 @pytest.mark.slow
 def test_processes_end_if_their_parent_is_killed(tmp_path: Path) -> None:
-    model = save_model(tmp_path / "model", num_hidden_layers=12)
+    # With so many blocks the run is still going when its processes look for their parent.
+    model = save_model(tmp_path / "model", num_hidden_layers=48)
     recipe = write_recipe(tmp_path / "recipe.yaml", nsamples=100, batch_size=1)
     run = start(model, recipe, "--devices", "cpu:2")
     journal = tmp_path / WORK / "journal.jsonl"

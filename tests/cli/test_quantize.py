@@ -264,7 +264,7 @@ def test_summary_and_log_tell_the_strengths_of_following(
 
     monkeypatch.setattr(conftest, "layer_report", followed)
     result = gptq("quantize", "org/name", "-b", "4", "-v")
-    words = "follow strength 0.50 of asymmetric calibration on average, from 0.25 to 0.75\n"
+    words = "follow each layer makes up for 50% of earlier errors on average, from 25% to 75%\n"
     assert words in result.stdout
     assert "damp 0.1 follows 0.75 tokens 4096" in result.stderr
     assert len(quantizer.calls) == 1

@@ -160,7 +160,11 @@ dynamic:
         ("signed_scales: 'true'", "E_CFG_TYPE", 'got "true"'),
         ("scale_search: activation", "E_CFG_RANGE", 'must be none or mse, got "activation"'),
         ("scale_search: false", "E_CFG_TYPE", "got false"),
-        ("asymmetric_calibration: 2", "E_CFG_RANGE", "must be a number from 0 to 1, or auto, got 2"),
+        (
+            "asymmetric_calibration: 2",
+            "E_CFG_RANGE",
+            "must be a number from 0 to 1, or auto, got 2",
+        ),
         ("asymmetric_calibration: aut", "E_CFG_TYPE", 'got "aut"'),
         ("group_size: aut", "E_CFG_TYPE", 'got "aut"'),
         ("max_fallbacks: -1", "E_CFG_RANGE", "got -1"),

@@ -168,6 +168,30 @@ def test_a_stage_of_two_linears_has_no_residual() -> None:
     assert [stage.residual for stage in probe.stages(["first", "last"])] == [None]
 
 
+@pytest.mark.parametrize("kept_as", ["register_buffer", "register_parameter"])
+def test_blocks_that_print_alike_may_have_other_multipliers(kept_as: str) -> None:
+    def multiplied(block: Block, x: Tensor) -> Tensor:
+        return x + block.multiplier * block.last(block.next_norm(x + block.first(x)))
+
+    probed: list[float] = []
+    prober = Prober()
+
+    def residuals(multiplier: float) -> dict[str, str]:
+        block = Block(multiplied)
+        scalar = nn.Parameter(torch.tensor([multiplier]), requires_grad=False)
+        getattr(block, kept_as)("multiplier", scalar)
+
+        def run() -> None:
+            probed.append(multiplier)
+            block(torch.randn(4, 8))
+
+        return dict(prober(block, block.linears, run, residuals=True).residuals)
+
+    both, first = {"first": "", "last": ""}, {"first": ""}
+    assert [residuals(value) for value in (1, 0.5, 1, 0.25)] == [both, first, both, first]
+    assert probed == [1, 0.5]
+
+
 def test_looking_for_residuals_counts_no_memory() -> None:
     block, x = Block(usual), torch.randn(2, 50, 8)
     plain = probe_block(block.linears, lambda: block(x))

@@ -15,6 +15,7 @@ from gptq_cli.checkpoint.decoded import forward_dtype
 from gptq_cli.checkpoint.source import open_checkpoint
 from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.errors import ConfigError, ResourceError
+from gptq_cli.events import Event, Noted
 from gptq_cli.inspection.summary import VECTORS, plan_rows
 from gptq_cli.planning.checks import check_memory, notes_on_limits
 from gptq_cli.planning.estimate import (
@@ -202,6 +203,18 @@ def test_a_loss_aware_run_needs_memory_for_gradients_and_logits(tmp_path: Path) 
     memory = estimate_memory(plan_run(model, settings), settings)
     assert total(memory.accelerator) == total(at_the_end)
     assert "logits" in [term.what for term in memory.cpu]
+
+
+def test_a_plan_names_the_pass_for_gradients_and_its_readings(tmp_path: Path) -> None:
+    model = save_model(tmp_path / "model")
+    sizes = config(nsamples=200, seqlen=128)  # more tokens than the pass takes
+    found = {}
+    for name, changed in (("max", {"loss_aware": True}), ("plain", {})):
+        events: list[Event] = []
+        preview_run(str(model), sizes.model_copy(update=changed), report=events.append)
+        found[name] = [event.text for event in events if isinstance(event, Noted)]
+    added = "the run first takes gradients of 16,384 tokens, so it reads the model two more times"
+    assert found["max"] == [*found["plain"], added]
 
 
 def test_a_plan_shows_the_disk_space_of_gradients(tmp_path: Path) -> None:
