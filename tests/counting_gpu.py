@@ -48,6 +48,7 @@ PARTS = {
     "solver.hessian._difference": "shift",
     "solver.factor": "factor",
     "solver.factor.follow_original": "follow",
+    "solver.factor.follow_together": "follow",
     "solver.grid.choose_grid": "search",
     "solver.solve": "columns",
     "solver.refine": "refine",
@@ -74,6 +75,7 @@ ANSWERS: Mapping[str, float | list[list[float]]] = {
     "solver.factor.prepare": [[1], [0]],
 }
 FACTORS_FROM = {"mm": 0, "bmm": 0, "addmm": 1, "baddbmm": 1}  # the place of the first factor
+GATHERING = {"index", "index_select", "gather", "embedding"}  # read as much as they write, or all
 MEMORY_ONLY = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "resize_"}
 
 
@@ -244,6 +246,8 @@ class CountingGpu(SimulatedGpu):
             return  # a view
         changed = [tensor for tensor in made if id(_storage(tensor)) not in known]
         moved = sum(map(_nbytes, given)) + sum(map(_nbytes, changed))
+        if _name(func) in GATHERING:
+            moved -= max(0, _nbytes(given[0]) - _nbytes(made[0]))
         copied, pinned = 0, False
         if func in MOVES:
             on_host = [leaf for leaf in (*given, *made) if not isinstance(leaf, DeviceTensor)]

@@ -57,7 +57,6 @@ RESIZING = {  # make their result by resizing it
     aten.randperm.default,
 }  # fmt: skip
 NOT_FOR_THE_HOST = {Tensor.numpy, Tensor.__array__}
-OF_THE_MEMORY = {Tensor.untyped_storage, Tensor.data_ptr}
 TO_PYTHON = {
     Tensor.tolist,
     Tensor.item,
@@ -93,14 +92,19 @@ class DeviceTensor(Tensor):
     def __deepcopy__(self, memo: Any) -> DeviceTensor:
         return self.clone()
 
+    def untyped_storage(self) -> torch.UntypedStorage:
+        """Return the memory of the numbers, which views share, also inside a mode of torch."""
+        return self.host.untyped_storage()
+
+    def data_ptr(self) -> int:
+        return self.host.data_ptr()
+
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in NOT_FOR_THE_HOST:
             raise TypeError(
                 "can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() first"
             )
-        if func in OF_THE_MEMORY:
-            return func(args[0].host)
         if func in TO_PYTHON:
             device().wait("to Python")
             return func(device().numbers(args[0]))

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from threading import Thread
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.simulated_gpu import CUDA, SimulatedGpu, simulated_gpu
 
@@ -72,6 +74,25 @@ def test_views_and_in_place_operations_change_the_same_tensor() -> None:
     assert whole.tolist() == [[5, 0, 0], [5, 1, 1]]
     assert whole.mul_(2) is whole
     assert whole[1].untyped_storage().data_ptr() == whole.data_ptr()
+
+
+@pytest.mark.usefixtures("gpu")
+def test_a_mode_of_torch_sees_that_views_share_their_memory() -> None:
+    whole = torch.zeros(4, 3, device=CUDA)
+    seen: list[bool] = []
+
+    class Mode(TorchDispatchMode):
+        def __torch_dispatch__(
+            self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            output = func(*args, **(kwargs or {}))
+            for part in output:
+                seen.append(part.untyped_storage() is whole.untyped_storage())
+            return output
+
+    with Mode():
+        whole.split(2)
+    assert seen == [True, True]
 
 
 @pytest.mark.usefixtures("gpu")
