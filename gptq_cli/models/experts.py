@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from copy import copy
 from dataclasses import dataclass
-from itertools import accumulate, chain, pairwise
+from itertools import accumulate, chain, pairwise, product
 from typing import Any, NamedTuple
 
 import torch
@@ -172,8 +172,25 @@ class Experts(nn.Module):
         if routed.experts is None:  # then no row has two experts
             output.index_add_(0, choices, outputs[:-1])
             return
-        for places in _places_of_choices(choices, routed.experts):
-            output += outputs[places]
+        for of_choices in outputs[_places_of_choices(choices, routed.experts)]:
+            output += of_choices
+
+    def lay_out(self) -> None:
+        """Make the weights of all experts follow each other, if the device then takes one product.
+
+        They become views of two tensors. The memory of a weight that is replaced later is not freed
+        before the others are.
+        """
+        for parts in (self._first, [DOWN]):
+            weights = []
+            for number in range(self.n_experts):
+                weights += self._weights(parts, number)
+            if not _has_grouped_products(weights[0], weights[0]):
+                return
+            places = product(self, parts)
+            for (expert, part), weight in zip(places, torch.stack(weights), strict=True):
+                linear = expert.get_submodule(part)
+                linear.register_parameter("weight", nn.Parameter(weight, requires_grad=False))
 
     def intermediates(
         self, numbers: Sequence[int], tokens: Tensor, counts: Sequence[int]

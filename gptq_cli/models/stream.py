@@ -13,7 +13,7 @@ with stream.head() as logits:
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from copy import deepcopy
@@ -98,8 +98,11 @@ class LoadedBlock:
     def unquantized_copy(self) -> LoadedBlock:
         """Return a block that keeps the present weights when those of this block are replaced.
 
-        Its forward fills other containers than this one, for the copies of later blocks.
+        Its forward fills other containers than this one, for the copies of later blocks. As its
+        experts keep their weights, these may follow each other in memory.
         """
+        for mixture in self.experts.values():
+            mixture.lay_out()
         tensors = (*self.module.parameters(), *self.module.buffers())
         known: dict[int, Any] = {id(tensor): tensor for tensor in tensors}  # shared, not copied
         module = deepcopy(self.module, known)
@@ -501,19 +504,26 @@ class ModelStream:
         """
         empty = _parameters(module, prefix, without)
         try:
-            loaded: dict[str, Tensor] = {}  # by source: tied parameters share one tensor
-            for name, tensor in empty.items():
-                source = self._sources[f"{prefix}{name}"]
-                if source not in loaded:
-                    owner = module.get_submodule(name.rpartition(".")[0])
-                    loaded[source] = self._load(source, owner, tensor)
-                place(module, name, loaded[source])
+            self._fill(module, prefix, empty)
             yield
             self._source.check_unchanged()  # weights may be a file's own pages until now
         finally:
             for name, tensor in empty.items():
                 place(module, name, tensor)
             self._source.release()
+
+    def _fill(self, module: nn.Module, prefix: str, empty: Mapping[str, Tensor]) -> None:
+        """Fill `module`, whose `empty` parameters are given by name.
+
+        Nothing else holds the weights then: whoever replaces one frees its memory.
+        """
+        loaded: dict[str, Tensor] = {}  # by source: tied parameters share one tensor
+        for name, tensor in empty.items():
+            source = self._sources[f"{prefix}{name}"]
+            if source not in loaded:
+                owner = module.get_submodule(name.rpartition(".")[0])
+                loaded[source] = self._load(source, owner, tensor)
+            place(module, name, loaded[source])
 
     def _load(self, source: str, owner: nn.Module, like: Tensor) -> Tensor:
         """Return tensor `source` on the device, for a parameter `like` of the module `owner`.

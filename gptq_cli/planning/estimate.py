@@ -57,7 +57,7 @@ WEIGHTS_OF_A_PART = 2**27  # in parts of more than the least number of rows
 EXPERTS_AT_ONCE = {"cpu": 1, "cuda": 32}
 EXPERTS_BYTES = 3 * 2**30
 EXPERTS_SHARE = 4  # they may take a quarter of max_vram
-ROUTED_SHARE = 6  # of these bytes are those of the inputs from which Hessians are summed
+ROUTED_SHARE = 4  # of these bytes are those of the inputs from which Hessians are summed
 
 
 # ---------------------------------------------------------------- memory and disk

@@ -30,10 +30,12 @@ from gptq_cli.solver.factor import (
     NonFiniteHessianError,
     NotPositiveDefiniteError,
     follow_original,
+    follow_together,
     prepare,
 )
 from gptq_cli.solver.grid import ScaleRangeError
 from gptq_cli.solver.hessian import HessianAccumulator, mirror_
+from gptq_cli.solver.numerics import uses_kernels
 from gptq_cli.solver.quantized_linear import QuantizedLinear
 from gptq_cli.solver.solve import Solution, solve_together
 
@@ -42,6 +44,9 @@ SUBNORMAL_SHARE = 0.5  # warn once of a layer with at least this share of subnor
 
 # `solve_together`, or what does its work
 Way = Callable[[Sequence[Tensor], Tensor, HessianFactor, LayerConfig], list[Solution]]
+
+# What is found for some rows, with the strengths of their corrections if they have any
+Solved = tuple[Solution, Tensor | None]
 
 # Of each expert those of both halves of the text, [I, I], or [O, I] of the rows of the only layer;
 # none without asymmetric calibration
@@ -159,7 +164,7 @@ class LayerSolver:
             cut = [self._row_parts(layers, most) for layers in together]
             parts = [list(chain(*same)) for same in zip(*cut, strict=True)]
             owners = ranks.deal([sum(map(len, part)) for part in parts])
-            mine: dict[int, list[tuple[Solution, Tensor | None]]] = {}
+            mine: dict[int, list[Solved]] = {}
             for number, part in enumerate(parts):
                 gradients = self._gradients_of(part)
                 if owners[number] != ranks.rank:
@@ -170,18 +175,18 @@ class LayerSolver:
                     solutions = solve_part(weights, usable.hessians, usable.factor, config)
                     mine[number] = list(zip(solutions, strengths, strict=True))
             self._read = None
-            found: dict[str, list[tuple[Solution, Tensor | None]]] = defaultdict(list)
+            found: dict[str, list[Solved]] = defaultdict(list)
             for part, results in zip(parts, ranks.exchange(mine, owners), strict=True):
                 for rows, result in zip(part, results, strict=True):
                     found[rows.layer.name].append(result)
             n_rows = sum(layer.out_features for layer in chain(*together))
+            followed = _strengths(config, found)
             seconds_per_row = (time.perf_counter() - started) / n_rows
             for expert, layers in enumerate(together):
                 for layer in layers:
-                    of_rows, followed = zip(*found.pop(layer.name), strict=True)
-                    solution = Solution.of_rows(of_rows)
+                    solution = Solution.of_rows([part for part, _ in found.pop(layer.name)])
                     solved = self._solved(layer, expert, solution, usable, inputs, seconds_per_row)
-                    strength = _strength(config, followed)
+                    strength = followed.get(layer.name)
                     report = replace(solved.report, asymmetric_calibration=strength)
                     yield replace(solved, report=report)
 
@@ -316,9 +321,11 @@ class LayerSolver:
         The second list has the strengths [rows] of the corrections, None for weights without one.
         """
         weights = [self._whole(rows.layer)[rows.start : rows.stop] for rows in part]
-        strengths: list[Tensor | None] = [None] * len(weights)
         if not config.follows_original or not usable.shifts:
-            return weights, strengths
+            return weights, [None] * len(weights)
+        if len(usable.shifts) > 1 and uses_kernels(usable.hessians):
+            return _followed_together(weights, usable, config)
+        strengths: list[Tensor | None] = []
         per_expert = len(part) // len(usable.shifts)
         for number, weight in enumerate(weights):
             expert = number // per_expert
@@ -329,7 +336,8 @@ class LayerSolver:
                 shifts = [shift[mine] for shift in shifts]
             drifts = [drift[mine] for drift in usable.drifts]
             followed = follow_original(weight, shifts, factor, strength, drifts, of_rows=of_rows)
-            weights[number], strengths[number] = followed
+            weights[number] = followed[0]
+            strengths.append(followed[1])
         return weights, strengths
 
     def _whole(self, layer: LayerPlan) -> Tensor:
@@ -467,17 +475,35 @@ def _forgotten(hessians: Tensor, shifts: Shifts, experts: Sequence[int]) -> tupl
     return hessians, known
 
 
-def _strength(config: LayerConfig, of_rows: Sequence[Tensor | None]) -> float | None:
-    """Return the strength with which a layer follows the unquantized model, None if it does not.
+def _followed_together(
+    weights: Sequence[Tensor], usable: UsableHessians, config: LayerConfig
+) -> tuple[list[Tensor], list[Tensor | None]]:
+    """Return the corrected weights of several experts, as many of each, and their strengths."""
+    sizes = list(map(len, weights))
+    stack = torch.cat(list(weights)).unflatten(0, (len(usable.shifts), -1))
+    strength = config.asymmetric_calibration
+    followed, strengths = follow_together(stack, usable.shifts, usable.factor, strength)
+    return [*followed.flatten(0, 1).split(sizes)], [*strengths.flatten().split(sizes)]
 
-    If the text has decided it, this is the mean over the rows, for which the host waits.
+
+def _strengths(config: LayerConfig, found: Mapping[str, Sequence[Solved]]) -> dict[str, float]:
+    """Return by name the strength with which each layer follows the unquantized model, if it does.
+
+    If the text has decided it, this is the mean over the rows of the layer. The host waits once.
     """
-    found = [strengths for strengths in of_rows if strengths is not None]
-    if not found:
-        return None
+    of_rows: dict[str, list[Tensor]] = {}
+    for name, parts in found.items():
+        known = [strengths for _, strengths in parts if strengths is not None]
+        if known:
+            of_rows[name] = known
     if config.asymmetric_calibration != "auto":
-        return float(config.asymmetric_calibration)
-    return float(torch.cat(found).mean())
+        return dict.fromkeys(of_rows, float(config.asymmetric_calibration))
+    if not of_rows:
+        return {}
+    on_host = torch.cat(list(chain(*of_rows.values()))).cpu()
+    sizes = [sum(map(len, parts)) for parts in of_rows.values()]
+    means = [float(mine.mean()) for mine in on_host.split(sizes)]
+    return dict(zip(of_rows, means, strict=True))
 
 
 def of_one_configuration(layers: Sequence[LayerPlan]) -> list[list[LayerPlan]]:

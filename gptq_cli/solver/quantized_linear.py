@@ -23,11 +23,14 @@ from gptq_cli.solver.grid import (
     split_groups,
 )
 from gptq_cli.solver.numerics import (
+    Parts,
     exact_product,
     full_precision,
-    multiply,
+    multiply_split,
+    parts_of,
     row_chunks,
     split,
+    splits,
 )
 
 
@@ -60,7 +63,7 @@ class QuantizedLinear:
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """Return the weight [O, I] of the codes, computed in float32 and then cast to `dtype`."""
         weight = torch.empty_like(self.codes, dtype=dtype)
-        for rows in row_chunks(weight):
+        for rows in row_chunks(weight, CHUNKS_TO_DECODE[weight.device.type]):
             weight[rows] = self.rows(rows)._values()
         return weight
 
@@ -103,6 +106,7 @@ def small_scales(scales: Tensor) -> Tensor:
 # Of H at a time, for output errors; both values for CUDA are to be measured on a GPU.
 COLUMNS_PER_PANEL = {"cpu": 256, "cuda": 2048}
 CHUNKS_AT_ONCE = {"cpu": 1, "cuda": 4}  # chunks of rows, for products that fill the device
+CHUNKS_TO_DECODE = {"cpu": 1, "cuda": 2}  # each number takes three of float32 meanwhile
 
 
 @torch.no_grad()
@@ -120,8 +124,9 @@ def round_to_nearest(
         raise ValueError(f"group_size {group_size} does not divide in_features {in_features}")
     if group_of_column is None:
         group_of_column = (torch.arange(in_features, device=weight.device) // group_size).int()
+    chunks = row_chunks(weight, CHUNKS_AT_ONCE[weight.device.type])
     nearest = QuantizedLinear.of_rows(
-        [_round(weight[rows], config, group_of_column) for rows in row_chunks(weight)]
+        [_round(weight[rows], config, group_of_column) for rows in chunks]
     )
     check_scales(nearest.scales)
     return nearest
@@ -171,17 +176,27 @@ def energies_by_expert(
     The energies are float64 [1 + candidates, E, O]; `hessians` [E, I, I] are undamped.
     """
     by_expert = (len(hessians), -1)
+    factors: Parts = (hessians,)
+    if splits(hessians):
+        factors = split(hessians)
     original = weight.to(hessians.dtype).unflatten(0, by_expert)
-    energies = [_energies_of_rows(original, hessians)]
+    energies = [_energies_of_rows(original, factors)]
     for candidate in candidates:
         decoded = candidate.dequantize(hessians.dtype).unflatten(0, by_expert)
-        energies.append(_energies_of_rows(decoded.sub_(original), hessians))
+        energies.append(_energies_of_rows(decoded.sub_(original), factors))
     return torch.stack(energies)
 
 
-def _energies_of_rows(matrices: Tensor, hessians: Tensor) -> Tensor:
-    """Return m H mᵀ for each row m of M [E, O, I], in float64 [E, O]."""
-    return multiply(matrices, hessians).mul_(matrices).sum(-1, dtype=torch.float64)
+def _energies_of_rows(matrices: Tensor, factors: Parts) -> Tensor:
+    """Return m H mᵀ for each row m of M [E, O, I], in float64 [E, O].
+
+    `factors` are H [E, I, I], or its parts for tensor cores.
+    """
+    if len(factors) == 1:
+        products = matrices @ factors[0]
+    else:
+        products = multiply_split(parts_of(matrices), factors)
+    return products.mul_(matrices).sum(-1, dtype=torch.float64)
 
 
 def _energies(matrices: Sequence[Tensor], hessian: Tensor) -> Tensor:

@@ -203,6 +203,28 @@ def test_experts_that_follow_each_other_in_memory_take_one_product(
     assert seen == products
 
 
+def test_experts_that_are_laid_out_take_one_product(monkeypatch: pytest.MonkeyPatch) -> None:
+    experts = separated(mixtral_experts()).to(torch.bfloat16)
+    before = {name: weight.clone() for name, weight in experts.named_parameters()}
+    seen = grouped(experts, [], monkeypatch)
+    experts.lay_out()
+    assert list(before) == [name for name, _ in experts.named_parameters()]
+    for name, weight in experts.named_parameters():
+        assert torch.equal(weight, before[name])
+    chosen = torch.tensor([[0, 2], [2, 3], [0, 3], [3, 9], [2, 0]])
+    tokens = torch.randn(5, 32, dtype=torch.bfloat16)
+    alone, together = both_ways(experts, tokens, chosen, torch.rand(5, 2, dtype=torch.bfloat16))
+    assert torch.equal(alone, together)
+    assert seen == [4, 4]
+
+
+def test_experts_on_a_processor_keep_their_memory() -> None:
+    experts = separated(mixtral_experts()).to(torch.bfloat16)
+    before = [weight.data_ptr() for weight in experts.parameters()]
+    experts.lay_out()
+    assert [weight.data_ptr() for weight in experts.parameters()] == before
+
+
 def test_interleaved_experts_with_biases_take_one_product(
     gpt_oss_experts: GptOssExperts, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
+from weakref import ref
 
 import pytest
 import torch
@@ -95,6 +96,18 @@ def test_only_the_current_block_holds_weights(tmp_path: Path) -> None:
         assert loaded()
         assert all(name.startswith("model.layers.1.") for name in loaded())
     assert loaded() == []
+
+
+def test_a_weight_that_is_replaced_is_freed_inside_its_block(tmp_path: Path) -> None:
+    stream = open_stream(save_model(tmp_path), torch.bfloat16)  # not the dtype of the file
+    stream.embed(token_batches(1))
+    with stream.block(1) as block:
+        for linear in block.linears.values():
+            weight = linear.get_parameter("weight")
+            memory = ref(weight.untyped_storage())
+            place(linear, "weight", torch.zeros_like(weight))
+            del weight
+            assert memory() is None
 
 
 LLAMA_LIKE = [("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",)]

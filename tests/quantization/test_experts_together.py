@@ -65,6 +65,24 @@ def test_experts_solved_together_have_the_bytes_of_experts_solved_alone(
             assert (found.tokens, found.fallback) == (expected.tokens, expected.fallback)
 
 
+def test_experts_corrected_together_follow_as_strongly_as_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = save_mixture(tmp_path / "model", "qwen3_moe", num_hidden_layers=1)
+    settings = {"preset": "best", "moe_uncovered": "rtn"}
+    at_once(monkeypatch, 3)
+    apart, _ = quantize_with_events(model, tmp_path / "apart", **settings)
+    monkeypatch.setattr(layers, "uses_kernels", lambda _: True)
+    joined, _ = quantize_with_events(model, tmp_path / "together", **settings)
+    assert len(joined.layers) == len(apart.layers)
+    assert max(layer.asymmetric_calibration or 0 for layer in apart.layers) > 0.1
+    for found, expected in zip(joined.layers, apart.layers, strict=True):
+        assert found.asymmetric_calibration == pytest.approx(
+            expected.asymmetric_calibration, abs=1e-5
+        )
+        assert found.relative_error == pytest.approx(expected.relative_error, rel=0.01)
+
+
 @pytest.mark.parametrize("down", [False, True])
 @pytest.mark.parametrize("streams", [1, 2])
 def test_hessians_from_joined_inputs_are_those_of_each_expert(down: bool, streams: int) -> None:

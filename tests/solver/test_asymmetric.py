@@ -11,7 +11,8 @@ from torch import Tensor
 from gptq_cli.config.layer import LayerConfig
 from gptq_cli.solver import factor as factor_module
 from gptq_cli.solver import hessian as hessian_module
-from gptq_cli.solver.factor import follow_original, prepare
+from gptq_cli.solver import numerics
+from gptq_cli.solver.factor import follow_original, follow_together, prepare
 from gptq_cli.solver.hessian import HessianAccumulator, HessianOfBatches, total
 from tests.reference import damping_of, follow
 from tests.simulated_gpu import simulated_gpu
@@ -297,6 +298,44 @@ def test_weight_on_tensor_cores_is_nearly_that_of_float64(
         found, _ = follow_original(weight().to("cuda:0"), accumulator.shifts, factor, 1.0)
         change = found.cpu().double() - weight()
     assert (change - expected).norm() < 5e-4 * expected.norm()
+
+
+@pytest.mark.parametrize("strength", [1.0, "auto"])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda:0", marks=simulated)])
+@pytest.mark.parametrize("order", ["natural", "group aware"])
+def test_experts_that_follow_together_are_those_followed_alone(
+    order: str, device: str, strength: float | str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(factor_module, "SOLVED_COLUMNS", 20)
+    two_experts = 2 * COLUMNS**2 // factor_module.EXPERTS_TO_FOLLOW
+    monkeypatch.setattr(numerics, "ELEMENTS_PER_CHUNK", {"cpu": two_experts, "cuda": two_experts})
+    dtype, most = torch.float64, 1e-9
+    if device != "cpu":
+        dtype, most = torch.float32, 5e-4
+    config = layer_config(order, group_size=16, asymmetric_calibration=strength)
+    with simulated_gpu():
+        seen, weights, expected = [], [], []
+        for number in range(5):
+            originals = correlated_inputs(TOKENS, COLUMNS).roll(7 * number, 1) * (1 + number)
+            inputs = disturbed(originals, seed=number)
+            accumulator = HessianAccumulator(COLUMNS, device)
+            accumulator.add(inputs.to(device, dtype), originals.to(device, dtype))
+            seen.append(accumulator)
+            weights.append(weight().roll(number).to(device, dtype))
+            if strength == 1.0:
+                expected.append(follow(weight().roll(number), inputs, originals, config))
+        hessians = torch.stack([expert.hessian for expert in seen])
+        factor = prepare(hessians, config, [expert.tokens for expert in seen])
+        shifts = [expert.shifts for expert in seen]
+        together, of_rows = follow_together(torch.stack(weights), shifts, factor, strength)
+        for number, W in enumerate(weights):
+            alone, strengths = follow_original(W, shifts[number], factor.of(number), strength)
+            torch.testing.assert_close(of_rows[number], strengths, rtol=100 * most, atol=most)
+            torch.testing.assert_close(together[number], alone, rtol=most, atol=most)
+            if strength == 1.0:
+                change = together[number].cpu().double() - W.cpu().double()
+                wanted = expected[number] - W.cpu().double()
+                assert (change - wanted).norm() < most * wanted.norm()
 
 
 @simulated
