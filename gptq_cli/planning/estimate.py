@@ -262,18 +262,24 @@ def gradient_tokens(plan: RunPlan, config: QuantizeConfig) -> int:
 
 
 def gradient_disk(plan: RunPlan, config: QuantizeConfig) -> int:
-    """Return the bytes of sums of gradients, and of the hidden states before all blocks."""
+    """Return the bytes of what the pass for gradients keeps.
+
+    These are sums, an energy for each token and layer, and the hidden states before all blocks.
+    """
     if not plan.loss_aware:
         return 0
-    states = gradient_tokens(plan, config) * _hidden_size(plan) * _forward_bits(plan, config) // 8
-    return plan.n_blocks * states + FLOAT * _gradient_numbers(plan).total()
+    tokens = gradient_tokens(plan, config)
+    states = tokens * _hidden_size(plan) * _forward_bits(plan, config) // 8
+    numbers = _gradient_numbers(plan).total() + tokens * len(plan.loss_aware)
+    return plan.n_blocks * states + FLOAT * numbers
 
 
 def _gradient_numbers(plan: RunPlan) -> Counter[int]:
     """Return how many numbers the sums of gradients in each block have."""
     numbers: Counter[int] = Counter()
     for layer in plan.loss_aware:
-        numbers[layer.block] += layer.out_features**2
+        if layer.sums_gradients:
+            numbers[layer.block] += layer.out_features**2
     return numbers
 
 
@@ -514,7 +520,7 @@ def _solver_bytes(plan: RunPlan, bits: int, device: str) -> int:
     for layer in plan.quantized:
         rows = min(layer.out_features, rows_of_a_part(device, layer.in_features))
         of_gradients = 0
-        if layer.is_loss_aware:
+        if layer.sums_gradients:
             rows = layer.out_features
             of_gradients = (2 * rows**2 + 3 * layer.n_weights) * FLOAT
         matrices = _solving_bytes(layer.in_features, rows, follows=plan.asymmetric)
@@ -629,10 +635,9 @@ def solve_cost(layer: LayerPlan, *, of_rows: bool = False) -> float:
     if of_rows:
         products -= PRODUCTS_WITH_SHIFTS
     cost = products * rows * columns**2
-    if layer.is_loss_aware:
-        # Rounding once more with feedback along rows, two losses, and the factor of gradients
-        again = 0.5 + refining_products(layer.config) + 2
-        cost += again * rows * columns**2 + 2.5 * rows**2 * columns + factor_cost(rows)
+    if layer.sums_gradients:
+        # Feedback along rows, two products for the loss, and the factor of gradients
+        cost += rows * columns**2 + 1.5 * rows**2 * columns + factor_cost(rows)
     return cost
 
 
@@ -828,7 +833,8 @@ def _gradient_seconds(
     head = max((math.prod(tensor.shape) for tensor in _outside(plan)), default=0)
     sums = 0.0
     for layer in plan.loss_aware:
-        sums += hessian_cost(layer.out_features, tokens)
+        if layer.sums_gradients:
+            sums += hessian_cost(layer.out_features, tokens)
     at_the_end = 2 * head * tokens / rates.forward
     forward = 3 * whole.forward + at_the_end
     return Seconds(forward=forward, hessian=sums / rates.hessian, reading=whole.reading)

@@ -87,13 +87,18 @@ class LayerPlan:
 
     @property
     def is_loss_aware(self) -> bool:
-        """True if rounding uses gradients at the layer's outputs: as configured, if it can gain.
-
-        An expert, the head and a layer with many more outputs than inputs do without.
-        """
-        if self.config is None or not self.config.loss_aware or expert_part(self.name):
+        """True if gradients at its outputs weigh the layer's tokens; experts and head have none."""
+        if self.config is None or not self.config.loss_aware:
             return False
-        return self.name != HEAD and self.out_features <= MOST_OUTPUTS * self.in_features
+        return self.name != HEAD and not expert_part(self.name)
+
+    @property
+    def sums_gradients(self) -> bool:
+        """True if rounding uses the gradients at the outputs of a loss-aware layer, too.
+
+        A layer with many more outputs than inputs gains nothing by it.
+        """
+        return self.is_loss_aware and self.out_features <= MOST_OUTPUTS * self.in_features
 
     @property
     def n_weights(self) -> int:
@@ -177,7 +182,7 @@ class RunPlan:
 
     @property
     def loss_aware(self) -> list[LayerPlan]:
-        """The layers that are rounded with the gradients at their outputs."""
+        """The layers for which the gradients at their outputs are needed."""
         return [layer for layer in self.quantized if layer.is_loss_aware]
 
     @property

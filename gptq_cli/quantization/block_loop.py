@@ -145,7 +145,11 @@ def nothing_seen(stage: Stage, forwards: Forwards, run: Run) -> HessianOfBatches
     in_features, weight = run.layers[name].in_features, None
     if len(forwards.passages) > 1 and len(stage.names) == 1:
         weight = weight_for_shifts(run.layers[name], forwards.passages[1].linears[name])
-    return HessianOfBatches(in_features, run.stream.device, limited=limited, weight=weight)
+    factors: Sequence[Tensor] = ()
+    if run.gradients is not None and stage.calls == 1:
+        factors = run.gradients.factors([run.layers[name] for name in stage.names])
+    device = run.stream.device
+    return HessianOfBatches(in_features, device, limited=limited, weight=weight, factors=factors)
 
 
 # ------------------------------------------------------------ forwards through a block

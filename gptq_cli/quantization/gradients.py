@@ -7,7 +7,8 @@
 2. At the end each token gets a label, which is drawn from the model's own prediction. The gradient
    of the log-likelihood of all labels is taken at the last hidden states.
 3. The blocks run again in reverse, each from its hidden states, and pass the gradient back. For
-   each chosen linear G = Σ g gᵀ [O, O] is summed over its gradients g, and written.
+   each loss-aware linear the energy ‖g‖² of the gradient g of each token is written, and for most
+   of them G = Σ g gᵀ [O, O].
 
 With labels of the model itself, G is a factor of the Fisher information (Martens 2014, arXiv
 1412.1193), and no error of the model is in it. The sums are Hessians of gradients: tokens are
@@ -17,6 +18,7 @@ that resumes uses them if they are complete and of the same run; otherwise they 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -40,7 +42,7 @@ from gptq_cli.quantization.resume import Identity, save_tensors
 from gptq_cli.quantization.run_state import OutputGradients, Run
 from gptq_cli.runtime.memory import gpu_lost, out_of_memory
 from gptq_cli.runtime.ranks import Ranks
-from gptq_cli.solver.hessian import HessianAccumulator, HessianOfBatches
+from gptq_cli.solver.hessian import HessianAccumulator, HessianOfBatches, factors_of_tokens
 from gptq_cli.storage.durable import make_directory, remove, write_json
 from gptq_cli.storage.manifest import digest, file_hash, read_sealed, sealed
 from gptq_cli.storage.work_directory import SEAL, WorkDirectory
@@ -69,17 +71,22 @@ def sum_gradients(run: Run, work: WorkDirectory | None, identity: Identity) -> N
         # Tensors that are made in inference mode cannot be used by a backward pass.
         with torch.inference_mode(False), torch.no_grad():
             _Pass(run, pieces, store).carry_out(tokens)
-    run.gradients = SummedGradients(run.ranks, run.stream.device, store, tokens)
+    sizes = [token_ids(batch).numel() for batch in run.batches]
+    run.gradients = SummedGradients(run.ranks, run.stream.device, store, tokens, sizes)
 
 
 @dataclass(frozen=True, slots=True)
 class SummedGradients:
-    """The gradients of all loss-aware layers over `tokens`, which the leader has in its `store`."""
+    """The gradients of all loss-aware layers over `tokens`, which the leader has in its `store`.
+
+    `sizes` are the numbers of tokens of all batches, which may be more.
+    """
 
     ranks: Ranks
     device: torch.device
     store: GradientStore | None
     tokens: int
+    sizes: Sequence[int]
 
     def of(self, layer: LayerPlan) -> OutputGradients:
         """Return the gradients of a layer, on the device of every process; all of them must ask."""
@@ -88,6 +95,25 @@ class SummedGradients:
             found = self.store.read(layer)
         sums = self.ranks.broadcast(found).to(self.device)
         return OutputGradients(sums, self.tokens)
+
+    def factors(self, layers: Sequence[LayerPlan]) -> Sequence[Tensor]:
+        """Return the factors of tokens [n] for each batch, for layers with the same inputs.
+
+        There are none if some layer is not loss-aware, or does not see each token once. Tokens
+        behind those of the pass count as the median token. All processes must ask for it.
+        """
+        if not all(layer.is_loss_aware for layer in layers):
+            return ()
+        found = None
+        if self.store is not None:
+            found = self.store.energies(layers)
+        energies = self.ranks.broadcast(found)
+        if not len(energies):
+            return ()
+        of_all = torch.ones(sum(self.sizes), device=self.device)
+        of_all[: self.tokens] = factors_of_tokens(energies.to(self.device))
+        factors: Sequence[Tensor] = of_all.split(self.sizes)
+        return factors
 
 
 class GradientStore:
@@ -129,10 +155,10 @@ class GradientStore:
         remove(self._states(block))
         return states
 
-    def save(self, block: int, sums: Mapping[str, Tensor]) -> None:
-        """Write the sums of the linears of a block, by name."""
+    def save(self, block: int, sums: Mapping[str, Tensor], energies: Mapping[str, Tensor]) -> None:
+        """Write the sums and the energies of the linears of a block, by name."""
         path = self._sums(block)
-        self._hashes[path.name] = save_tensors(path, dict(sums))
+        self._hashes[path.name] = save_tensors(path, (dict(sums), dict(energies)))
 
     def finish(self, tokens: int) -> None:
         """Record that the sums are complete."""
@@ -141,8 +167,22 @@ class GradientStore:
 
     def read(self, layer: LayerPlan) -> Tensor:
         """Return the sum of a layer, on the host."""
-        sums = torch.load(self._sums(layer.block), weights_only=True, mmap=True)
-        found: Tensor = sums[layer.name].clone()
+        sums, _ = self._load(layer.block)
+        return sums[layer.name].clone()
+
+    def energies(self, layers: Sequence[LayerPlan]) -> Tensor:
+        """Return the energies [tokens], summed over layers of a block; [0] if one has none."""
+        _, energies = self._load(layers[0].block)
+        found = []
+        for layer in layers:
+            if layer.name not in energies:
+                return torch.zeros(0)
+            found.append(energies[layer.name])
+        return torch.stack(found).sum(0)
+
+    def _load(self, block: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        found: tuple[dict[str, Tensor], dict[str, Tensor]]
+        found = torch.load(self._sums(block), weights_only=True, mmap=True)
         return found
 
     def _states(self, block: int) -> Path:
@@ -172,6 +212,8 @@ def pieces_of(batches: Sequence[Batch]) -> list[Batch]:
         for piece in batch[:n_windows].split(max(1, TOKENS_OF_A_PIECE // length)):
             pieces.append(piece)
             left -= piece.numel()
+        if n_windows < len(batch):
+            break  # later batches would leave a gap
     return pieces
 
 
@@ -250,38 +292,51 @@ class _Pass:
         if self.store is not None:
             saved = self.store.take_states(index)
         states = self.ranks.scatter(saved, self.n_pieces)
-        sums = self._nothing_summed(index)
-        before = []
+        layers = [layer for layer in self.run.plan.loss_aware if layer.block == index]
+        names, sums = [layer.name for layer in layers], self._nothing_summed(layers)
+        before, energies = [], []
         with self._block(index, index - 1) as block:
             for number, (state, gradient) in enumerate(zip(states, gradients, strict=True)):
                 state = state.to(self.stream.device)
                 with _differentiating(f"`{self.stream.block_name(index)}`"):
-                    found, own = differentiate(block, number, state, gradient, list(sums))
+                    found, own = differentiate(block, number, state, gradient, names)
                 before.append(own)
+                energies.append(energies_of(found, token_ids(self.pieces[number]).numel()))
                 for name, of_outputs in found:
-                    sums[name].add(self.share.start + number, of_outputs)
+                    if name in sums:
+                        sums[name].add(self.share.start + number, of_outputs)
         written = {name: self._whole(name, seen).cpu() for name, seen in sums.items()}
+        of_tokens = self._joined(energies)
         if self.store is not None:
-            self.store.save(index, written)
+            self.store.save(index, written, of_tokens)
         return before
 
-    def _nothing_summed(self, index: int) -> dict[str, HessianOfBatches]:
-        """Return a sum without gradients for each loss-aware layer of a block."""
+    def _nothing_summed(self, layers: Sequence[LayerPlan]) -> dict[str, HessianOfBatches]:
+        """Return a sum without gradients for each of `layers` that is rounded with one."""
         sums = {}
-        for layer in self.run.plan.loss_aware:
-            if layer.block == index:
+        for layer in layers:
+            if layer.sums_gradients:
                 rows, device = layer.out_features, self.stream.device
                 sums[layer.name] = HessianOfBatches(rows, device, limited=True)
         return sums
+
+    def _joined(self, mine: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """Return the energies of the tokens of all pieces; a linear must have those of each."""
+        pieces = self.ranks.all_gather(mine)
+        joined = {}
+        for name in pieces[0]:
+            if not all(name in piece for piece in pieces):
+                continue
+            joined[name] = torch.cat([piece[name] for piece in pieces]).cpu()
+            if not joined[name].isfinite().all():
+                raise _not_finite(name)
+        return joined
 
     def _whole(self, name: str, seen: HessianOfBatches) -> Tensor:
         """Return the sum [O, O] over all processes."""
         whole: HessianAccumulator = self.ranks.sum_hessians(seen, self.n_pieces)
         if whole.first_not_finite() is not None:
-            raise _no_gradient(
-                f"the gradient at the outputs of `{name}` is not finite",
-                f"run the model in float32: --dtype float32, or {WITHOUT}",
-            )
+            raise _not_finite(name)
         return whole.hessian
 
     @contextmanager
@@ -364,6 +419,19 @@ def differentiate(
     return found, before
 
 
+def energies_of(found: Sequence[tuple[str, Tensor]], tokens: int) -> dict[str, Tensor]:
+    """Return ‖g‖² of each token, [tokens], for each linear that sees every token once.
+
+    `found` are the gradients g at the outputs of linears, [..., O], of each of their calls.
+    """
+    calls = Counter(name for name, _ in found)
+    energies = {}
+    for name, of_outputs in found:
+        if calls[name] == 1 and of_outputs.shape[:-1].numel() == tokens:
+            energies[name] = of_outputs.float().square().sum(-1).flatten()
+    return energies
+
+
 def differentiable(call: Call) -> Call:
     """Return the call with copies of its tensors that were made in inference mode."""
 
@@ -392,6 +460,13 @@ def _differentiating(what: str) -> Iterator[None]:
             raise
         reason = str(error).strip().partition("\n")[0]
         raise _no_gradient(f"{what} cannot be differentiated: {reason}") from error
+
+
+def _not_finite(name: str) -> InputError:
+    return _no_gradient(
+        f"the gradient at the outputs of `{name}` is not finite",
+        f"run the model in float32: --dtype float32, or {WITHOUT}",
+    )
 
 
 def _no_gradient(why: str, hint: str = WITHOUT) -> InputError:

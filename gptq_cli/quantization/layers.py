@@ -199,7 +199,7 @@ class LayerSolver:
         return parts
 
     def _has_gradients(self, layer: LayerPlan) -> bool:
-        return layer.is_loss_aware and self.run.gradients is not None
+        return layer.sums_gradients and self.run.gradients is not None
 
     def _gradients_of(self, part: Sequence[Rows]) -> OutputGradients | None:
         """Return the gradients of the layer that is the `part`; every process must ask for them."""

@@ -66,6 +66,12 @@ class Gradients(Protocol):
     def of(self, layer: LayerPlan) -> OutputGradients:
         """Return those of one layer, on the device; all processes of a run must ask for it."""
 
+    def factors(self, layers: Sequence[LayerPlan]) -> Sequence[Tensor]:
+        """Return the factors of tokens [n] for each batch, for layers with the same inputs.
+
+        There are none if the layers weigh their tokens alike. All processes must ask for it.
+        """
+
 
 @dataclass(slots=True)
 class Run:

@@ -14,12 +14,18 @@ times the energy of the median token (Sun et al. 2024, arXiv 2402.17762). Such t
 nearly all of H, and of its damping, although the norms of the next layers make of each no more than
 a token. If tokens are `limited`, each counts at most as 16 median tokens of its batch.
 
+The loss of the model notices some tokens more than others, as the energies ‖g‖² of their gradients
+at the outputs of the layers tell. With `factors_of_tokens`, a token with four times the energy of
+the median token counts twice. The whole energy, as in GuidedQuant (Kim et al. 2025, arXiv
+2505.07004), is too noisy with one label for each token.
+
 `HessianOfBatches` adds batches in a binary tree over their numbers. The order of additions, and
 thus every bit of H, does not depend on how batches are shared among processes.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -83,6 +89,7 @@ TOKENS_PER_CHUNK = {"cpu": 1024, "cuda": 4096}
 # a rule these are half the tokens of a batch at once, whose products become its sum.
 TOKENS_OF_A_SHIFT = 16384
 LONGEST = 4.0  # times the length of the median token; its square is 16
+LARGEST_FACTOR = 4.0  # of a token for its gradients; the smallest one is 1/4
 PANELS = 8  # on the CPU; they need 9/16 of the products of a full multiplication
 SMALLEST_PANEL = 128
 # Columns of a panel on CUDA: a row of 16 x 8 tiles of 128 x 256 keeps a large GPU busy, and no
@@ -95,7 +102,8 @@ class HessianAccumulator:
 
     The sum is float32, or float64 after float64 inputs were added. `tokens` counts the rows added
     so far; if they are `limited`, long ones were scaled down. Shifts are those of the rows of
-    `weight` [O, I] if it is given.
+    `weight` [O, I] if it is given. With `factors` [tokens], powers of 2, all vectors of each token
+    are multiplied by its factor; each `add` must have these tokens.
     """
 
     def __init__(
@@ -105,8 +113,10 @@ class HessianAccumulator:
         *,
         limited: bool = False,
         weight: Tensor | None = None,
+        factors: Tensor | None = None,
     ) -> None:
         self.tokens, self._limited, self._weight = 0, limited, weight
+        self._factors = factors
         self._shifts: list[Tensor | None] = [None, None]
         self._drifts: list[Tensor | None] = [None, None]
         self._size, self._device, self._dtype = in_features, torch.device(device), torch.float32
@@ -160,20 +170,17 @@ class HessianAccumulator:
         self.peaks.append(self._peak())
 
     def _rows(self, inputs: Tensor, others: Sequence[Tensor]) -> list[Tensor]:
-        """Return all as rows [n, ...], scaled down if tokens are limited.
+        """Return all as rows [n, ...], scaled if tokens are limited or have factors.
 
-        `others` are the original inputs and two residuals, as far as there are any. A token may be
-        massive in the hidden states, but not in the inputs: it counts less in the drift then.
+        `others` are the original inputs and two residuals, as far as there are any.
         """
         tokens = inputs.reshape(-1, self._size)
         rows = [tokens, *(other.reshape(len(tokens), other.shape[-1]) for other in others)]
-        if not self._limited or not len(tokens):
+        if self._limited and len(tokens):
+            rows = _limited(rows)
+        if self._factors is None:
             return rows
-        limits = _limits(tokens)
-        limited = _scaled(rows[:2], limits)
-        if len(rows) > 2:
-            limited += _scaled(rows[2:], limits * _limits(rows[3]))
-        return limited
+        return _scaled(rows, self._factors.to(tokens.dtype).unsqueeze(1))
 
     @property
     def in_features(self) -> int:
@@ -391,6 +398,30 @@ def _limits(tokens: Tensor) -> Tensor:
     return _shortening(lengths, lengths.median()).to(tokens.dtype).unsqueeze(1)
 
 
+def _limited(rows: Sequence[Tensor]) -> list[Tensor]:
+    """Return inputs [n, I], and what else there is of the same tokens, with massive ones limited.
+
+    A token may be massive in the hidden states, but not in the inputs: it counts less in the drift
+    then.
+    """
+    limits = _limits(rows[0])
+    limited = _scaled(rows[:2], limits)
+    if len(rows) > 2:
+        limited += _scaled(rows[2:], limits * _limits(rows[3]))
+    return limited
+
+
+def factors_of_tokens(energies: Tensor) -> Tensor:
+    """Return the factors [n] of tokens whose gradients have these energies [n].
+
+    They are the powers of 2 nearest to the fourth root of the energy in medians, so that a token
+    counts in H by about the square root of its energy.
+    """
+    exponents = (energies / energies.median()).log2() / 4
+    limit = math.log2(LARGEST_FACTOR)
+    return torch.exp2(exponents.nan_to_num(0.0).round().clamp(-limit, limit))
+
+
 def _scaled(tensors: Sequence[Tensor], factors: Tensor) -> list[Tensor]:
     """Return the tensors [n, ...] multiplied with factors [n, 1]."""
     if factors.is_cpu and bool((factors == 1).all()):
@@ -467,7 +498,8 @@ def _product(left: Tensor, right: Tensor) -> Tensor:
 class HessianOfBatches:
     """The Hessian of numbered batches, added in an order that does not depend on the processes.
 
-    Batches must be added in the order of their numbers.
+    Batches must be added in the order of their numbers. If there are `factors`, they have those of
+    the tokens of each batch (see `HessianAccumulator`).
     """
 
     def __init__(
@@ -477,7 +509,9 @@ class HessianOfBatches:
         *,
         limited: bool = False,
         weight: Tensor | None = None,
+        factors: Sequence[Tensor] = (),
     ) -> None:
+        self._factors = factors
         self._new = partial(HessianAccumulator, in_features, device, limited=limited, weight=weight)
         self._batch = -1
         self._open: HessianAccumulator | None = None
@@ -489,7 +523,10 @@ class HessianOfBatches:
         """Add inputs of a batch (see `HessianAccumulator.add`); a batch may add several times."""
         if batch != self._batch or self._open is None:
             self._close()
-            self._batch, self._open = batch, self._new()
+            factors = None
+            if self._factors:
+                factors = self._factors[batch]
+            self._batch, self._open = batch, self._new(factors=factors)
         self._open.add(inputs, original, batch % 2, residuals)
 
     def nothing(self) -> HessianAccumulator:

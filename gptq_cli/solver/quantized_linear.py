@@ -44,8 +44,8 @@ class QuantizedLinear:
     group_of_column: Tensor  # int32 [I]
     bits: int
 
-    def rows(self, rows: slice) -> QuantizedLinear:
-        """Return the layer that has only these rows, on the same memory."""
+    def rows(self, rows: slice | Tensor) -> QuantizedLinear:
+        """Return the layer that has only these rows; those of a slice are on the same memory."""
         return replace(
             self, codes=self.codes[rows], scales=self.scales[rows], zeros=self.zeros[rows]
         )

@@ -85,12 +85,12 @@ class Solution:
     @property
     def relative_error(self) -> float:
         """The error as a share of the energy; 0 for a layer whose output is always zero."""
-        return _share(self.error, self.energy)
+        return share(self.error, self.energy)
 
     @property
     def rtn_relative_error(self) -> float:
         """The error of round to nearest as a share of the energy."""
-        return _share(self.rtn_error, self.energy)
+        return share(self.rtn_error, self.energy)
 
     @property
     def sampled_rows(self) -> int | None:
@@ -121,7 +121,8 @@ def _solution(quantized: QuantizedLinear, found: Sequence[float], rtn_rows: int)
     return Solution(quantized, energy, error, rtn_error, rtn_rows, int(subnormal), int(smallest))
 
 
-def _share(error: float, energy: float) -> float:
+def share(error: float, energy: float) -> float:
+    """Return error / energy, 0 if both are 0."""
     if energy == 0:
         return 0.0
     return error / energy

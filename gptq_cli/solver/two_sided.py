@@ -13,7 +13,8 @@ errors E_{<b} of the rows before them, begin with
 
 W_b + R_bb⁻ᵀ R_{<b,b}ᵀ E_{<b}
 
-in rows b. The rows of a block are solved together, as layers of their own, for these weights.
+in rows b. The rows with the largest entries of G come first, as columns do in activation order.
+The rows of a block are solved together, as layers of their own, for these weights.
 Source: YAQA (Tseng et al. 2025, arXiv 2505.22988), in blocks of rows as GPTQ has blocks of columns.
 
 Letters for shapes:  O out_features   I in_features
@@ -31,12 +32,11 @@ from gptq_cli.solver.factor import HessianFactor, prepare
 from gptq_cli.solver.grid import ScaleRangeError
 from gptq_cli.solver.numerics import full_precision, multiply
 from gptq_cli.solver.quantized_linear import QuantizedLinear
-from gptq_cli.solver.solve import Solution, measured, quantize_rows
+from gptq_cli.solver.solve import Solution, measured, quantize_rows, share
 
-ROW_BLOCK = 32
-# Rows keep their order, and the damping of each is this share of its own entry of G, or more if
-# tokens are few.
-OF_ROWS = LayerConfig(group_size=-1, act_group_aware=False, damp_mode="diagonal", damp_percent=0.3)
+ROW_BLOCK = 64
+# The damping of each row is this share of its own entry of G, or more if tokens are few.
+OF_ROWS = LayerConfig(group_size=-1, damp_mode="diagonal", damp_percent=0.3)
 
 
 @torch.no_grad()
@@ -55,19 +55,20 @@ def solve_in_row_blocks(
 
     `hessian` [I, I] and `factor` are those that `solve` takes. `gradients` is G [O, O], a sum over
     `tokens`, which is damped as Hessians are. `loss_ratio` of the solution is tr(G E H Eᵀ) with the
-    damped G, as a share of that of `solve`; if it would be 1 or more, the solution is that of
-    `solve`, and the ratio is 1.
+    damped G, as a share of what it would be if the errors of rows had nothing to do with each
+    other, Σ_r G_rr (E H Eᵀ)_rr; 0 if nothing was lost.
 
     Raises ScaleRangeError with the row of a weight that is not finite or too large for float16.
     """
-    plain = quantize_rows(weight, hessian, factor, config)
     of_rows = prepare(gradients, OF_ROWS, tokens)
-    quantized = _in_row_blocks(weight, hessian, factor, config, of_rows.R, row_block)
-    damped = gradients + of_rows.damping.diag()
-    ratio = _loss(weight, quantized, hessian, damped) / _loss(weight, plain, hessian, damped)
-    if not ratio < 1:  # nor if both are 0
-        quantized, ratio = plain, 1.0
+    order = of_rows.order.permutation
+    try:
+        sorted_rows = _in_row_blocks(weight[order], hessian, factor, config, of_rows.R, row_block)
+    except ScaleRangeError as error:
+        raise ScaleRangeError(int(order[error.row])) from error
+    quantized = sorted_rows.rows(order.argsort())
     [solution] = measured([quantized], [weight], weight, hessian, config)
+    ratio = _loss_ratio(weight, quantized, hessian, gradients + of_rows.damping.diag())
     return replace(solution, loss_ratio=ratio)
 
 
@@ -101,8 +102,14 @@ def _in_row_blocks(
     return QuantizedLinear.of_rows(parts)
 
 
-def _loss(weight: Tensor, quantized: QuantizedLinear, hessian: Tensor, gradients: Tensor) -> float:
-    """Return tr(G E H Eᵀ) for the error E of `quantized`."""
+def _loss_ratio(
+    weight: Tensor, quantized: QuantizedLinear, hessian: Tensor, gradients: Tensor
+) -> float:
+    """Return tr(G E H Eᵀ) / Σ_r G_rr (E H Eᵀ)_rr for the errors E of `quantized`, or 0."""
     errors = weight.to(hessian.dtype) - quantized.dequantize(hessian.dtype)
-    products = multiply(gradients.to(hessian.dtype), multiply(errors, hessian))
-    return float(products.mul_(errors).sum(dtype=torch.float64))
+    gradients = gradients.to(hessian.dtype)
+    products = multiply(errors, hessian)
+    alone = gradients.diagonal() @ (products * errors).sum(1)
+    together = multiply(gradients, products).mul_(errors).sum()
+    found = torch.stack([together, alone]).tolist()
+    return share(*found)

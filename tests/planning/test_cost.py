@@ -114,12 +114,11 @@ def test_refinement_and_asymmetric_calibration_cost_more() -> None:
     assert estimate_seconds([followed], TEXT, 1, 0, ONE).forward == 2 * one_model
 
 
-def test_loss_aware_rounding_costs_a_second_solution_and_its_losses() -> None:
+def test_loss_aware_rounding_costs_feedback_along_rows_and_a_loss() -> None:
     aware = linear("a.o_proj", 16, 12, LayerConfig(loss_aware=True, refine_sweeps=4))
     plain = replace(aware, config=LayerConfig(refine_sweeps=4))
-    again = 16 * 12**2 * (0.5 + 5 + 2)
-    along_rows = 2.5 * 16**2 * 12 + 16**3 / 6
-    assert solve_cost(aware) == pytest.approx(solve_cost(plain) + again + along_rows)
+    along_rows, loss = 0.5 * 16**2 * 12 + 16**3 / 6, 16 * 12**2 + 16**2 * 12
+    assert solve_cost(aware) == pytest.approx(solve_cost(plain) + along_rows + loss)
     wide = linear("a.up_proj", 36, 12, LayerConfig(loss_aware=True))
     assert solve_cost(wide) == solve_cost(replace(wide, config=LayerConfig()))
 

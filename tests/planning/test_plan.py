@@ -221,7 +221,8 @@ def test_a_plan_shows_the_disk_space_of_gradients(tmp_path: Path) -> None:
     model = save_model(tmp_path / "model", intermediate_size=192)
     found = preview_run(str(model), config(nsamples=6, seqlen=64, loss_aware=True))
     plain = preview_run(str(model), config(nsamples=6, seqlen=64))
-    gradients = 3 * (6 * 64 * 64 * 4 + 4 * (128**2 + 4 * 64**2))
+    tokens, layers = 6 * 64, 7
+    gradients = 3 * 4 * (tokens * (64 + layers) + 128**2 + 4 * 64**2)
     assert found.disk.gradients == gradients
     assert found.disk.needed == plain.disk.needed + gradients
     assert plain.disk.gradients == 0

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -16,8 +17,10 @@ from transformers.models.llama import modeling_llama
 from gptq_cli.config.layer import LayerConfig
 from gptq_cli.errors import InputError, PausedError
 from gptq_cli.events import BlocksDone, Event, PhaseStarted, Report, WorkKept
+from gptq_cli.planning.plan import plan_run
 from gptq_cli.quantization import gradients, layers
 from gptq_cli.quantization.run import QuantizeResult, quantize_checkpoint
+from gptq_cli.runtime.ranks import Ranks
 from gptq_cli.solver.factor import HessianFactor, NotPositiveDefiniteError
 from gptq_cli.solver.hessian import LONGEST
 from tests.architectures import build
@@ -39,16 +42,21 @@ def dies_at(phase: str) -> Report:
     return report
 
 
-def summed(model: Path, output: Path, **changes: object) -> dict[str, Tensor]:
-    """Return the sums that a run has written before its first block, by layer."""
+def written(
+    model: Path, output: Path, **changes: object
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return the sums and energies that a run has written before its first block, by layer."""
     with pytest.raises(Killed):
         quantize_checkpoint(
             str(model), output, config(**(SETTINGS | changes)), report=dies_at("embeddings")
         )
-    found: dict[str, Tensor] = {}
+    sums: dict[str, Tensor] = {}
+    energies: dict[str, Tensor] = {}
     for path in sorted((output.parent / f".{output.name}.gptq-work" / "gradients").glob("sums-*")):
-        found |= torch.load(path, weights_only=True)
-    return found
+        of_block = torch.load(path, weights_only=True)
+        sums |= of_block[0]
+        energies |= of_block[1]
+    return sums, energies
 
 
 def slow_labels(logits: Tensor, uniform: Tensor) -> list[int]:
@@ -62,11 +70,8 @@ def slow_labels(logits: Tensor, uniform: Tensor) -> list[int]:
     return labels
 
 
-def slow_sums(model: Path, names: list[str], windows: Tensor, piece: int) -> dict[str, Tensor]:
-    """Return Σ g gᵀ from one backward pass through the whole model, token by token.
-
-    Tokens are limited among those of `piece` windows.
-    """
+def slow_gradients(model: Path, names: list[str], windows: Tensor) -> dict[str, Tensor]:
+    """Return g [tokens, O] from one backward pass through the whole model."""
     whole = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
     outputs: dict[str, Tensor] = {}
 
@@ -80,11 +85,17 @@ def slow_sums(model: Path, names: list[str], windows: Tensor, piece: int) -> dic
     labels = torch.tensor(slow_labels(logits.detach(), uniform))
     likelihood = logits.log_softmax(-1)[torch.arange(len(labels)), labels].sum()
     found = torch.autograd.grad(likelihood, [outputs[name] for name in names])
+    rows = [of_outputs.reshape(len(labels), -1) for of_outputs in found]
+    return dict(zip(names, rows, strict=True))
+
+
+def slow_sums(found: dict[str, Tensor], windows: Tensor, piece: int) -> dict[str, Tensor]:
+    """Return Σ g gᵀ, token by token. Tokens are limited among those of `piece` windows."""
     sums = {}
-    for name, of_outputs in zip(names, found, strict=True):
-        total = torch.zeros(of_outputs.shape[-1], of_outputs.shape[-1])
-        for part in of_outputs.view(len(windows), -1, of_outputs.shape[-1]).split(piece):
-            total += slow_sum(part.flatten(0, 1))
+    for name, tokens in found.items():
+        total = torch.zeros(tokens.shape[1], tokens.shape[1])
+        for part in tokens.split(piece * windows.shape[1]):
+            total += slow_sum(part)
         sums[name] = total
     return sums
 
@@ -100,22 +111,38 @@ def slow_sum(tokens: Tensor) -> Tensor:
     return total
 
 
+def inputs_of(model: Path, name: str, windows: Tensor) -> Tensor:
+    """Return the inputs [tokens, I] of a linear of the unquantized model."""
+    whole, found = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), []
+    linear = whole.get_submodule(name)
+    linear.register_forward_hook(lambda _module, args, _output: found.append(args[0].flatten(0, 1)))
+    with torch.no_grad():
+        whole(windows, use_cache=False)
+    return found[0]
+
+
 @pytest.mark.parametrize(
-    ("family", "n_layers"),
-    [("llama", 21), ("gemma2", 21), ("gpt2", 6), ("opt", 18), ("qwen3_moe", 8)],
+    ("family", "n_layers", "n_weighted"),
+    [("llama", 21, 21), ("gemma2", 21, 21), ("gpt2", 6, 12), ("opt", 18, 18), ("qwen3_moe", 8, 8)],
 )
-def test_sums_equal_those_of_the_whole_model_in_memory(
-    family: str, n_layers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_gradients_equal_those_of_the_whole_model_in_memory(
+    family: str, n_layers: int, n_weighted: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(gradients, "TOKENS_OF_A_PIECE", 128)
     monkeypatch.setattr(gradients, "LOGITS_AT_ONCE", 512 * 20)
     model = save_model(tmp_path / "model", family)
-    found = summed(model, tmp_path / "out", moe_uncovered="rtn")
-    assert len(found) == n_layers
+    sums, energies = written(model, tmp_path / "out", moe_uncovered="rtn")
+    assert (len(sums), len(energies)) == (n_layers, n_weighted)
     windows = calibration_ids(model, config(**SETTINGS))
-    expected = slow_sums(model, list(found), windows, piece=2)
-    for name, sums in found.items():
-        assert torch.allclose(sums, expected[name], rtol=1e-3, atol=1e-4 * float(sums.max())), name
+    whole = slow_gradients(model, list(energies), windows)
+    expected = slow_sums({name: whole[name] for name in sums}, windows, piece=2)
+    for name, found in sums.items():
+        assert torch.allclose(found, expected[name], rtol=1e-3, atol=1e-4 * float(found.max())), (
+            name
+        )
+    for name, of_tokens in energies.items():
+        lengths = torch.tensor([float(token.norm()) for token in whole[name]])
+        assert torch.allclose(of_tokens, lengths**2, rtol=1e-3, atol=1e-9), name
 
 
 def test_the_pass_takes_the_first_windows_of_the_text(
@@ -123,11 +150,15 @@ def test_the_pass_takes_the_first_windows_of_the_text(
 ) -> None:
     monkeypatch.setattr(gradients, "GRADIENT_TOKENS", 3 * 64)
     model = save_model(tmp_path / "model")
-    found = summed(model, tmp_path / "out")
+    sums, energies = written(model, tmp_path / "out")
     windows = calibration_ids(model, config(**SETTINGS))
-    expected = slow_sums(model, list(found), windows[:3], piece=3)
-    for name, sums in found.items():
-        assert torch.allclose(sums, expected[name], rtol=1e-3, atol=1e-4 * float(sums.max())), name
+    whole = slow_gradients(model, list(sums), windows[:3])
+    expected = slow_sums(whole, windows, piece=3)
+    for name, found in sums.items():
+        assert torch.allclose(found, expected[name], rtol=1e-3, atol=1e-4 * float(found.max())), (
+            name
+        )
+    assert {len(of_tokens) for of_tokens in energies.values()} == {3 * 64}
 
 
 def test_pieces_have_few_tokens_but_a_window_at_least() -> None:
@@ -147,6 +178,68 @@ def test_labels_are_the_first_to_cumulate_more_than_their_numbers() -> None:
     assert labels[0] == 0
     assert labels[1] == 12
     assert labels[2:] == slow_labels(likelihoods[2:], uniform[2:])
+
+
+def test_the_text_ends_with_a_batch_that_is_taken_in_part() -> None:
+    batches = [torch.zeros(8, 4096), torch.zeros(3, 100)]
+    assert [tuple(piece.shape) for piece in gradients.pieces_of(batches)] == [(1, 4096)] * 4
+    batches = [torch.zeros(20, 1000), torch.zeros(3, 100)]
+    assert [tuple(piece.shape) for piece in gradients.pieces_of(batches)] == [(1, 1000)] * 16
+
+
+def test_hessians_weigh_tokens_by_their_gradients(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gradients, "GRADIENT_TOKENS", 5 * 64)
+    model, seen = save_model(tmp_path / "model"), []
+    usual = layers.prepare
+
+    def note(hessian: Tensor, *others: object) -> HessianFactor:
+        seen.append(hessian[0].clone())
+        return usual(hessian, *others)
+
+    monkeypatch.setattr(layers, "prepare", note)
+    quantize(tmp_path, model, **SETTINGS)
+    windows, names = calibration_ids(model, config(**SETTINGS)), ["q_proj", "k_proj", "v_proj"]
+    paths = [f"model.layers.0.self_attn.{name}" for name in names]
+    whole = slow_gradients(model, paths, windows[:5])
+    energies = []
+    for token in range(320):
+        energies.append(sum(float(whole[path][token].norm()) ** 2 for path in paths))
+    median = sorted(energies)[159]
+    expected = torch.zeros(64, 64)
+    for number, token in enumerate(inputs_of(model, paths[0], windows)):
+        factor = 1.0
+        if number < 320:
+            exponent = round(math.log2(energies[number] / median) / 4)
+            factor = 2.0 ** max(-2, min(2, exponent))
+        expected += factor**2 * torch.outer(token, token)
+    torch.testing.assert_close(seen[0], expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("missing", ["plan", "file"])
+def test_layers_without_an_energy_weigh_tokens_alike(missing: str, tmp_path: Path) -> None:
+    plan = plan_run(save_model(tmp_path / "model"), config(**SETTINGS))
+    by_name = {layer.name: layer for layer in plan.layers}
+    gate, up = (by_name[f"model.layers.0.mlp.{name}_proj"] for name in ("gate", "up"))
+    known = {gate.name: torch.tensor([1.0, 9, 16 * 40]), up.name: torch.tensor([1.0, 31, 0])}
+    store = gradients.GradientStore(tmp_path / "store", "")
+    store.begin()
+    store.save(0, {}, known)
+    found = gradients.SummedGradients(Ranks(), torch.device("cpu"), store, 3, [2, 2])
+    assert [part.tolist() for part in found.factors([gate, up])] == [[0.5, 1], [2, 1]]
+    if missing == "plan":
+        gate = replace(gate, config=LayerConfig())
+    else:
+        store.save(0, {}, {up.name: known[up.name]})
+    assert found.factors([gate, up]) == ()
+
+
+def test_a_linear_that_sees_some_tokens_or_some_twice_has_no_energy() -> None:
+    ones = torch.ones(2, 3, 4)
+    found = [("all", ones), ("some", ones[:1]), ("twice", ones), ("twice", 2 * ones)]
+    energies = gradients.energies_of(found, 6)
+    assert {name: of_tokens.tolist() for name, of_tokens in energies.items()} == {"all": [4.0] * 6}
 
 
 def test_gradients_change_the_layers_that_they_are_for(tmp_path: Path) -> None:

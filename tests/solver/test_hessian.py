@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from collections import Counter
 from typing import Any
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 
 from gptq_cli.solver import hessian as hessian_module
-from gptq_cli.solver.hessian import HessianAccumulator
+from gptq_cli.solver.hessian import HessianAccumulator, HessianOfBatches, factors_of_tokens
 from tests.simulated_gpu import SimulatedGpu, simulated_gpu
 from tests.solver.samples import correlated_inputs
 
@@ -106,6 +107,72 @@ def test_tokens_of_usual_lengths_keep_every_bit_if_limited() -> None:
             accumulator.add(inputs[:0])
             hessians.append(accumulator.hessian)
         assert torch.equal(*hessians)
+
+
+def slow_exponent(energy: float, median: float) -> int:
+    """The e with 2^e nearest to the fourth root of energy / median, from -2 to 2."""
+    candidates = range(-2, 3)
+    wanted = math.log2(energy / median) / 4
+    return min(candidates, key=lambda exponent: abs(exponent - wanted))
+
+
+def test_tokens_count_by_the_root_of_their_gradients_energy() -> None:
+    random = torch.Generator().manual_seed(2)
+    energies = torch.exp(3 * torch.randn(501, generator=random))
+    median = sorted(energies.tolist())[250]
+    expected = [2.0 ** slow_exponent(energy, median) for energy in energies.tolist()]
+    assert factors_of_tokens(energies).tolist() == expected
+    assert set(expected) == {0.25, 0.5, 1, 2, 4}
+
+
+def test_energies_of_zero_have_factors_too() -> None:
+    assert factors_of_tokens(torch.tensor([0.0, 1, 1])).tolist() == [0.25, 1, 1]
+    assert factors_of_tokens(torch.tensor([0.0, 0, 1])).tolist() == [1, 1, 4]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_each_token_of_a_batch_has_its_factor(dtype: torch.dtype) -> None:
+    inputs, originals, found, wanted = (
+        correlated_inputs(60, size, seed=size).to(dtype) for size in (40, 40, 5, 5)
+    )
+    random = torch.Generator().manual_seed(5)
+    factors = 2.0 ** torch.randint(-2, 3, (60,), generator=random)
+    sums = HessianOfBatches(40, "cpu", factors=factors.split(20))
+    hessian, shift, drift = torch.zeros(40, 40), torch.zeros(40, 40), torch.zeros(5, 40)
+    for token, factor in enumerate(factors.tolist()):
+        x, x0, r, r0 = (part[token].float() for part in (inputs, originals, found, wanted))
+        hessian += factor**2 * torch.outer(x, x)
+        shift += factor**2 * torch.outer(x0 - x, x)
+        drift += factor**2 * torch.outer(r0 - r, x)
+    for batch in range(3):
+        rows = slice(20 * batch, 20 * batch + 20)
+        given = [part[rows].view(2, 10, -1) for part in (inputs, originals, found, wanted)]
+        sums.add(batch, *given)
+    first, *others = [node.value for node in sums.nodes()]
+    for other in others:
+        first.absorb(other)
+    expected = [(first.hessian, hessian), (sum(first.shifts), shift), (sum(first.drifts), drift)]
+    for of_sums, by_token in expected:
+        torch.testing.assert_close(of_sums.float(), by_token, rtol=1e-4, atol=1e-2)
+
+
+def test_tokens_are_limited_before_they_get_factors() -> None:
+    inputs = with_massive_tokens(torch.float64)
+    factors = torch.ones(60)
+    factors[::2] = 4
+    limited = HessianAccumulator(40, "cpu", limited=True)
+    weighed = HessianAccumulator(40, "cpu", limited=True, factors=factors)
+    of_even = HessianAccumulator(40, "cpu")
+    limited.add(inputs)
+    weighed.add(inputs)
+    short = inputs.clone()
+    for token, length in enumerate(inputs.norm(dim=1).tolist()):
+        while length > 4 * float(inputs.norm(dim=1).median()):
+            length /= 2
+            short[token] /= 2
+    of_even.add(short[::2])
+    expected = limited.hessian + 15 * of_even.hessian
+    torch.testing.assert_close(weighed.hessian, expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
