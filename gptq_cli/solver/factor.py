@@ -487,7 +487,7 @@ def _change(
 
 def _columns(matrix: Tensor, order: Tensor) -> Tensor:
     """Return the columns of matrices [..., O, I] in the `order` [..., I]."""
-    return matrix.take_along_dim(order.unsqueeze(-2), dim=-1)
+    return matrix.gather(-1, order.unsqueeze(-2).expand(matrix.shape))
 
 
 def _pulls(
