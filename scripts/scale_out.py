@@ -26,8 +26,6 @@ from gptq_cli.planning.run_plan import LayerPlan
 
 DEVICES = (1, 2, 4, 8, 16, 64)
 DEVICES_OF_A_NODE = 8
-WITHIN_A_NODE = cost_model(H100)
-BETWEEN_NODES = replace(WITHIN_A_NODE, network=H100.between_machines)
 MODELS = {
     "8B": "llama-3-8b",
     "70B": "llama-3-70b",
@@ -62,10 +60,14 @@ def estimate(shape: Shape, devices: int, preset: str) -> dict[str, float]:
         features=shape.hidden,
     )
     n_bytes = sum(2 * layer.out_features * layer.in_features for layer in layers)
-    rates = WITHIN_A_NODE if devices <= DEVICES_OF_A_NODE else BETWEEN_NODES
+    rates = cost_model(H100, config.base)
+    if devices > DEVICES_OF_A_NODE:
+        rates = replace(rates, network=H100.between_machines)
     seconds = estimate_seconds(layers, text, devices, n_bytes, rates)
     seconds = seconds.plus(Seconds(fixed=rates.start + rates.kernels))
-    return {"total": seconds.total, **asdict(seconds)}
+    parts = asdict(seconds)
+    del parts["beside"], parts["saving"]  # of the files of a run, of which there are none here
+    return {"total": seconds.total, **parts}
 
 
 def main() -> None:

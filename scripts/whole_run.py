@@ -25,10 +25,13 @@ from shapes import Shape, write_sparse_model
 
 from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.planning.device_rates import DeviceRates, cost_model
-from gptq_cli.planning.estimate import beside_seconds, estimate_time, fixed_seconds
+from gptq_cli.planning.estimate import (
+    beside_seconds,
+    estimate_time,
+    fixed_seconds,
+    saving_seconds,
+)
 from gptq_cli.planning.plan import plan_run
-
-SAVING_SHARE = 1 / 20  # of the time
 
 
 def whole_run(
@@ -42,16 +45,12 @@ def whole_run(
         model = Path(folder) / "model"
         write_sparse_model(model, shape, shape.blocks)
         plan = plan_run(model, config)
-        known = cost_model(rates)
+        known = cost_model(rates, config.base)
         blocks = shape.blocks * block_seconds
         beside = max(0.0, beside_seconds(plan, known) - blocks)
         parts = {"blocks": blocks, "beside": beside, **fixed_seconds(plan, known)}
+        parts["saving"] = saving_seconds(plan, config, known, blocks)
         planned = estimate_time(plan, config, replace(known, network=float("inf")))
-    states = 2 * config.nsamples * config.seqlen * shape.hidden
-    if config.base.follows_original:
-        states *= 2
-    each_block = shape.blocks * states / rates.disk_writes
-    parts["saving"] = min(each_block, SAVING_SHARE * parts["blocks"])
     return {
         "run_seconds": sum(parts.values()),
         "plan_seconds": planned.total,

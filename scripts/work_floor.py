@@ -37,8 +37,7 @@ from dataclasses import dataclass
 from shapes import Shape
 
 from gptq_cli.config.layer import LayerConfig
-from gptq_cli.planning.device_rates import DeviceRates
-from gptq_cli.solver.grid import SHRINKS
+from gptq_cli.planning.device_rates import DeviceRates, n_candidates
 
 WEIGHT, CODE, FLOAT = 2, 1, 4  # bytes
 COPY = "copy"  # the part that runs beside the others
@@ -136,24 +135,14 @@ class BlockWork:
         self._add("put back", bytes=(CODE + WEIGHT) * weights)
         self._add("pack", bytes=CODE * weights + coded)
         self._add(COPY, to_device=WEIGHT * weights, to_host=coded)
-        if config.scale_search == "mse":
-            tried = n_candidates(config) * weights
+        tried = n_candidates(config) * weights
+        if tried:
             self._add("search", tried=tried, bytes=WEIGHT * weights)
         if config.refine_sweeps:
             sweeps = 1 + config.refine_sweeps
             moved = sweeps * 2 * FLOAT * weights
             rounded = config.refine_sweeps * weights
             self._add("refine", bfloat16=sweeps * product, bytes=moved, rounded=rounded)
-
-
-def n_candidates(config: LayerConfig) -> int:
-    """Return the number of scales and zero points that the search tries on each group."""
-    count = len(SHRINKS)
-    if config.signed_scales:
-        count *= 2
-    if not config.sym:
-        count *= 3
-    return count
 
 
 def floors(shape: Shape, config: LayerConfig, text: Text, rates: DeviceRates) -> dict[str, float]:

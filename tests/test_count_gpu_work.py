@@ -318,6 +318,27 @@ def test_a_whole_run_is_its_blocks_and_what_is_around_them(script: ModuleType) -
     assert last.startswith(f"a run of 2 blocks takes {slow['run_seconds']:.0f} s (estimated); ")
 
 
+# Seconds of a block as `count_gpu_work.py` counts them, which takes too long for a test
+COUNTED = {
+    ("llama-3-8b", "gptq"): 0.494,
+    ("llama-3-8b", "balanced"): 0.608,
+    ("llama-3-8b", "best"): 1.132,
+    ("qwen3-30b-a3b", "gptq"): 0.428,
+    ("qwen3-30b-a3b", "balanced"): 0.597,
+    ("qwen3-30b-a3b", "best"): 0.967,
+}
+
+
+@pytest.mark.parametrize(("shape", "preset"), COUNTED)
+def test_plan_time_is_within_a_tenth_of_counted_blocks(
+    shape: str, preset: str, script: ModuleType
+) -> None:
+    config = QuantizeConfig(bits=4, preset=preset, group_size=128)
+    seconds = COUNTED[shape, preset]
+    found = script.whole_run(script.SHAPES[shape], config, script.H100, seconds)
+    assert found["plan_seconds"] == pytest.approx(found["run_seconds"], rel=0.1)
+
+
 def test_the_table_says_that_its_time_is_estimated(
     script: ModuleType, balanced: dict[str, Any]
 ) -> None:

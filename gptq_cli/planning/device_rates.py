@@ -10,8 +10,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
 
+from gptq_cli.config.layer import LayerConfig
 from gptq_cli.planning.estimate import Rates
 
+SHRINKS_TRIED = 25  # factors of the scale that the search tries, as many as `SHRINKS` of the solver
+HESSIAN_PANEL = 2048  # columns of a Hessian on a GPU, as `CUDA_PANEL` of the solver
 CPU_START_SECONDS = 4.0  # measured: Python, torch and transformers are imported
 
 
@@ -65,20 +68,30 @@ class DeviceRates:
         7.3e11, "candidates for the scale that are tried on a weight in a second"
     )
     # What the cost model of whole runs takes from counts of blocks
-    forwards_per_product: float = _rate(
-        1.33, "times that a forward takes as long as its products with weights, counted for 8B"
+    state_bytes: float = _rate(
+        10.0,
+        "bytes in memory for each number that enters or leaves a linear, beside products: norms, "
+        "activations, attention, limits of tokens; counted for 8B",
     )
-    hessians_per_product: float = _rate(
-        1.3, "times that Hessians take as long as their products, counted for 8B"
+    expert_state_bytes: float = _rate(
+        20.0,
+        "the same for experts, whose tokens are gathered before and added after; counted for "
+        "Qwen3-30B-A3B, with the norms of its queries and keys",
     )
     wide_cholesky: float = _rate(
         60e12, "Cholesky factors by panels on tensor cores, from 8192 columns on, counted for 8B"
     )
-    rounding: float = _rate(
-        0.9e10,
-        "weights that are rounded once in a second, with the launches around it, counted for 8B",
+    weight_seconds: float = _rate(
+        0.187e-9,
+        "seconds of a weight beside products and turns of columns, for rounding, errors and "
+        "putting back: counted 0.18e-9 for 8B and 0.195e-9 for Qwen3-30B-A3B",
     )
-    layer_seconds: float = _rate(3e-4, "seconds of the host for the launches of a small layer")
+    sweep_seconds: float = _rate(
+        0.026e-9, "the same for a sweep of refinement: counted 0.024e-9 and 0.028e-9"
+    )
+    followed_seconds: float = _rate(
+        0.175e-9, "the same for a weight that follows the unquantized model"
+    )
     # Work before and after the blocks
     import_seconds: float = _rate(
         CPU_START_SECONDS, "seconds to import Python, torch and transformers, measured on a CPU"
@@ -100,27 +113,49 @@ class DeviceRates:
 H100 = DeviceRates()
 
 
-def cost_model(rates: DeviceRates) -> Rates:
-    """Return the rates of the cost model, for a device beside others of the same machine."""
+def cost_model(rates: DeviceRates, config: LayerConfig) -> Rates:
+    """Return the rates of the cost model for layers with `config`.
+
+    They are those of a device beside others of the same machine.
+    """
     product = rates.bfloat16 / 2
+    each = rates.weight_seconds + config.refine_sweeps * rates.sweep_seconds
+    each += n_candidates(config) / rates.candidates
     return Rates(
-        forward=product / rates.forwards_per_product,
-        hessian=product / rates.hessians_per_product,
+        forward=product,
+        hessian=product,
         shift=product,
         factor=rates.cholesky / 2,
         wide_factor=rates.wide_cholesky / 2,
+        panel=HESSIAN_PANEL,
         shifts_of_rows=True,  # as with forwards in bfloat16
         solve=product,
-        columns=rates.rounding,
+        columns=(1 + config.refine_sweeps) / each,
+        states=rates.memory / rates.state_bytes,
+        expert_states=rates.memory / rates.expert_state_bytes,
+        followed=1 / rates.followed_seconds,
+        turn=rates.column,
+        copies=rates.pinned_copy,
         network=rates.between_devices,
         disk=rates.disk,
         writes=rates.disk_writes,
         hashes=rates.hashes * rates.hash_threads,
         hash_threads=rates.hash_threads,
-        layer=rates.layer_seconds,
         start=rates.import_seconds,
         kernels=rates.kernel_seconds,
     )
+
+
+def n_candidates(config: LayerConfig) -> int:
+    """Return how many scales and zero points the search tries on each group."""
+    if config.scale_search != "mse":
+        return 0
+    count = SHRINKS_TRIED
+    if config.signed_scales:
+        count *= 2
+    if not config.sym:
+        count *= 3
+    return count
 
 
 class Described(NamedTuple):

@@ -42,9 +42,10 @@ LIBRARIES_BYTES = 320_000_000
 TOKENS_PER_CHUNK = 1024  # of the inputs that the Hessian takes in float32 at a time
 # The shift takes more tokens at a time on an accelerator: inputs and differences, whole and split
 TOKENS_OF_A_SHIFT, BYTES_OF_A_SHIFT = 4096, 14
-FLOAT, CODE = 4, 1  # bytes
+FLOAT, HALF, CODE = 4, 2, 1  # bytes
 
 HESSIAN_SHARE = 9 / 16  # of a full product, as the Hessian is symmetric
+SAVING_SHARE = 1 / 20  # of the time, for saving hidden states
 # Number of rows that one process solves at a time: the least and the most. All processes cut layers
 # alike: products then have the same shape, and the same bits, in every process. So the number must
 # not depend on memory that is free at the moment. Smaller parts balance better among processes;
@@ -682,12 +683,18 @@ class Rates:
     """The work that one device does in a second.
 
     `forward`, `hessian`, `shift`, `factor` and `solve` count multiplications with an addition, and
-    `wide_factor` those of a factor from WIDE_FACTOR columns on, None if it is as `factor`;
-    `columns` weights that are rounded once, `disk` bytes read, `writes` bytes written and made
-    durable, `network` bytes sent to other devices. `hashes` are bytes that `hash_threads` threads
-    hash together, one file each. `layer` are seconds of the host for each layer, `start` those
-    before the model is opened, and `kernels` those to compile kernels meanwhile, whatever the
-    sizes. If `shifts_of_rows` is true, W C is summed in place of C for layers with few outputs.
+    `wide_factor` those of a factor from WIDE_FACTOR columns on, None if it is as `factor`. A
+    Hessian is computed by panels of `panel` columns, or in HESSIAN_SHARE of a product if it is
+    None. `states` and `expert_states` count numbers that enter or leave linears, and those of
+    experts, in passes over memory beside the products; `columns` weights that are rounded once,
+    and `followed` weights that are corrected, beside their products. `turn` are seconds of a
+    column in kernels that take columns in turn.
+
+    `disk` counts bytes read, `writes` bytes written and made durable, `copies` bytes between host
+    and device, and `network` bytes sent to other devices. `hashes` are bytes that `hash_threads`
+    threads hash together, one file each. `start` are seconds before the model is opened, and
+    `kernels` those to compile kernels meanwhile, whatever the sizes. If `shifts_of_rows` is true,
+    W C is summed in place of C for layers with few outputs.
     """
 
     forward: float
@@ -699,11 +706,16 @@ class Rates:
     network: float = math.inf
     shift: float = math.inf
     wide_factor: float | None = None
+    panel: int | None = None
     shifts_of_rows: bool = False
+    states: float = math.inf
+    expert_states: float = math.inf
+    followed: float = math.inf
+    turn: float = 0.0
+    copies: float = math.inf
     writes: float = math.inf
     hashes: float = math.inf
     hash_threads: int = 1
-    layer: float = 0.0
     start: float = 0.0
     kernels: float = 0.0
 
@@ -712,8 +724,9 @@ class Rates:
 class Seconds:
     """The time of a run on equal devices: computing, sending, and reading the model meanwhile.
 
-    `beside` is the time of the thread that copies tensors meanwhile, `fixed` the time before and
-    after the blocks: starting, hashing the model and the output.
+    `beside` is the time of the thread that copies tensors meanwhile, `saving` that of saving hidden
+    states between blocks, and `fixed` the time before and after the blocks: starting, hashing the
+    model and the output.
     """
 
     forward: float = 0.0
@@ -723,13 +736,18 @@ class Seconds:
     network: float = 0.0
     reading: float = 0.0
     beside: float = 0.0
+    saving: float = 0.0
     fixed: float = 0.0
 
     @property
     def total(self) -> float:
         """Seconds of the whole run; threads read and copy while other parts work."""
-        working = self.forward + self.hessian + self.factor + self.solve + self.network
-        return max(working, self.reading, self.beside) + self.fixed
+        return max(self.working, self.reading, self.beside) + self.saving + self.fixed
+
+    @property
+    def working(self) -> float:
+        """Seconds in which blocks are quantized."""
+        return self.forward + self.hessian + self.factor + self.solve + self.network
 
     def plus(self, other: Seconds) -> Seconds:
         return Seconds(
@@ -740,6 +758,7 @@ class Seconds:
             self.network + other.network,
             self.reading + other.reading,
             self.beside + other.beside,
+            self.saving + other.saving,
             self.fixed + other.fixed,
         )
 
@@ -775,8 +794,20 @@ def estimate_time(plan: RunPlan, config: QuantizeConfig, rates: Rates) -> Second
     seconds = estimate_seconds(plan.layers, text, 1, plan.source.nbytes, rates)
     if plan.loss_aware:
         seconds = seconds.plus(_gradient_seconds(plan, config, text, rates))
+    saving = saving_seconds(plan, config, rates, seconds.working)
     fixed = sum(fixed_seconds(plan, rates).values())
-    return seconds.plus(Seconds(beside=beside_seconds(plan, rates), fixed=fixed))
+    return seconds.plus(Seconds(beside=beside_seconds(plan, rates), saving=saving, fixed=fixed))
+
+
+def saving_seconds(plan: RunPlan, config: QuantizeConfig, rates: Rates, working: float) -> float:
+    """Return the seconds in which hidden states are saved for a run that resumes.
+
+    They are saved after each block, but take at most a twentieth of the `working` seconds.
+    """
+    tokens = config.nsamples * bounded(config, plan.source).seqlen
+    numbers = _streams(plan) * tokens * _hidden_size(plan)
+    nbytes = numbers * _forward_bits(plan, config) // 8
+    return min(plan.n_blocks * nbytes / rates.writes, SAVING_SHARE * working)
 
 
 def fixed_seconds(plan: RunPlan, rates: Rates) -> dict[str, float]:
@@ -872,11 +903,16 @@ def _stage_seconds(
 ) -> Seconds:
     """Estimate the time of linears with one input; the busiest device counts."""
     n = stage[0].in_features
+    is_of_expert = expert_part(stage[0].name) is not None
+    passing = rates.states
+    if is_of_expert:
+        passing = rates.expert_states
     busiest = math.ceil(text.batches / devices) / text.batches
-    forward = _rows(stage) * n * tokens * busiest / rates.forward
+    products = _rows(stage) * n * tokens
+    forward = products / rates.forward + (n + _rows(stage)) * tokens / passing
     quantized = [layer for layer in stage if layer.config is not None]
     if not quantized:
-        return Seconds(forward=forward)
+        return Seconds(forward=forward * busiest)
     config = quantized[0].config
     assert config is not None
     streams, of_rows = 1, False
@@ -890,26 +926,53 @@ def _stage_seconds(
         written = max(_written(layer, text.features) for layer in quantized)
         shift_numbers, shifting = 2 * n * (n + written), shift_cost(n, tokens, written)
     sent = float(rows * n)
-    if expert_part(stage[0].name):  # one device does all of an expert
+    parts = math.ceil(rows / rows_of_a_part("cuda", n))
+    if is_of_expert:  # one device does all of an expert
         hessian_share = factor_share = solve_share = 1 / devices
     else:  # Hessians are summed, each device factors for itself, and rows are shared
         hessian_share, factor_share = busiest, 1.0
-        parts = math.ceil(rows / rows_of_a_part("cuda", n))
         solve_share = math.ceil(parts / devices) / parts
         sent += 2 * FLOAT * (HESSIAN_SHARE * n**2 + shift_numbers)
+    hessian = _hessian_products(n, tokens, rates) / rates.hessian + shifting / rates.shift
+    hessian += streams * n * tokens / passing
     solving = 0.0
     for layer in quantized:
-        solving += solve_cost(layer, of_rows=of_rows)
-    columns = rows * n * (1 + config.refine_sweeps) / rates.columns
-    launching = len(quantized) * rates.layer
-    hessian = hessian_cost(n, tokens) / rates.hessian + shifting / rates.shift
+        solving += solve_cost(layer, of_rows=of_rows) / rates.solve
     return Seconds(
-        forward=streams * forward,
+        forward=streams * forward * busiest,
         hessian=hessian * hessian_share,
         factor=factor_cost(n) * factor_share / _factor_rate(n, rates),
-        solve=(solving / rates.solve + columns + launching) * solve_share,
+        solve=(solving + _seconds_of_weights(quantized, parts, rates)) * solve_share,
         network=sent * (devices - 1) / devices / rates.network,
     )
+
+
+def _hessian_products(in_features: int, tokens: float, rates: Rates) -> float:
+    """Return the products of a Hessian, by the panels of columns that the device takes."""
+    if rates.panel is None:
+        return hessian_cost(in_features, tokens)
+    panels = math.ceil(in_features / rates.panel)
+    return tokens * in_features**2 * (panels + 1) / (2 * panels)
+
+
+def _seconds_of_weights(layers: Sequence[LayerPlan], parts: int, rates: Rates) -> float:
+    """Return the seconds that the weights of `layers` with one input take beside products.
+
+    Their rows are solved in `parts`. Weights of 16 bits are copied to the device, codes from it.
+    """
+    config = layers[0].config
+    assert config is not None
+    sweeps, n = 1 + config.refine_sweeps, layers[0].in_features
+    weights = _rows(layers) * n
+    together = 1
+    if expert_part(layers[0].name):
+        together = experts_at_once(layers, "cuda", None)
+    turns = sweeps * parts * n / together
+    nbytes = weights * (HALF + config.bits / 8)
+    seconds = sweeps * weights / rates.columns + turns * rates.turn + nbytes / rates.copies
+    if config.follows_original:
+        seconds += weights / rates.followed
+    return seconds
 
 
 def _factor_rate(in_features: int, rates: Rates) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from gptq_cli.config.layer import LayerConfig
-from gptq_cli.planning.device_rates import CPU_START_SECONDS, H100
+from gptq_cli.planning.device_rates import CPU_START_SECONDS, H100, cost_model
 from gptq_cli.planning.estimate import (
     Rates,
     factor_cost,
@@ -32,11 +33,8 @@ MOST_COLUMNS = 4096  # of the layer that stands for the model's: a larger one on
 TOKENS = 2048
 READ_BYTES = 128 * 2**20
 HASHED_BYTES = 32 * 2**20
-# Times that a forward takes as long as its products with weights: attention, norms and activations
-# are in it
-FORWARDS_PER_PRODUCT = {"cpu": 1.0, "cuda": H100.forwards_per_product}
-SECONDS_OF_A_LAYER = {"cpu": 0.0, "cuda": H100.layer_seconds}
-SECONDS_OF_KERNELS = {"cpu": 0.0, "cuda": H100.kernel_seconds}
+# What is not measured on a GPU
+TAKEN_FROM_AN_H100 = ("states", "expert_states", "followed", "copies", "kernels")
 
 
 def measure_rates(
@@ -70,14 +68,16 @@ def measure_rates(
         shifting = shift_cost(columns, TOKENS) / max(both - adding, both / 100)
     factoring = _seconds(lambda: prepare(hessian, config, TOKENS), device)
     solving = _seconds(lambda: _solved(weight, hessian, prepared, config), device)
-    products = solve_products(config) * product
+    products = solve_products(replace(config, asymmetric_calibration=0.0)) * product
     # Products inside the solver may be faster than alone, so the difference may be too small.
     rounding = max(solving - products, solving / 100)
-    wide_factor = None
-    if device.type == "cuda":  # most of its work is products
-        wide_factor = rows * columns**2 / product
+    wide_factor, others = None, {}
+    if device.type == "cuda":
+        wide_factor = rows * columns**2 / product  # most of its work is products
+        model = cost_model(H100, config)
+        others = {name: getattr(model, name) for name in TAKEN_FROM_AN_H100}
     return Rates(
-        forward=rows * columns * TOKENS / forward / FORWARDS_PER_PRODUCT[device.type],
+        forward=rows * columns * TOKENS / forward,
         hessian=hessian_cost(columns, TOKENS) / adding,
         factor=factor_cost(columns) / factoring,
         wide_factor=wide_factor,
@@ -88,9 +88,8 @@ def measure_rates(
         shift=shifting,
         hashes=_hashing_rate(),
         hash_threads=n_threads(),
-        layer=SECONDS_OF_A_LAYER[device.type],
         start=CPU_START_SECONDS,
-        kernels=SECONDS_OF_KERNELS[device.type],
+        **others,
     )
 
 

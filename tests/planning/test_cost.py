@@ -13,7 +13,13 @@ import torch
 from gptq_cli.checkpoint.headers import TensorInfo
 from gptq_cli.config.layer import LayerConfig
 from gptq_cli.config.schema import QuantizeConfig
-from gptq_cli.planning.device_rates import H100, cost_model, described
+from gptq_cli.planning.device_rates import (
+    H100,
+    HESSIAN_PANEL,
+    cost_model,
+    described,
+    n_candidates,
+)
 from gptq_cli.planning.estimate import (
     WIDE_FACTOR,
     Calibration,
@@ -26,6 +32,7 @@ from gptq_cli.planning.estimate import (
     expert_cost,
     experts_at_once,
     fixed_seconds,
+    saving_seconds,
     solve_cost,
     total,
 )
@@ -33,6 +40,8 @@ from gptq_cli.planning.plan import plan_run
 from gptq_cli.planning.run_plan import LayerPlan
 from gptq_cli.runtime.rates import measure_rates
 from gptq_cli.solver.factor import BLOCKED_FROM
+from gptq_cli.solver.grid import SHRINKS
+from gptq_cli.solver.hessian import CUDA_PANEL
 from tests.families import save_model
 from tests.quantization.test_routed_experts import save_mixture
 from tests.runs import config
@@ -172,10 +181,80 @@ def test_wide_layers_are_factorised_at_a_rate_of_their_own() -> None:
         assert seconds.factor == columns**3 / 6 / rate
 
 
-def test_each_layer_costs_launches_and_each_run_a_start(tmp_path: Path) -> None:
-    layers = [linear(f"a.{name}_proj", 16, 12, PLAIN) for name in ("q", "k")]
-    quick = estimate_seconds(layers, TEXT, 1, 0, ONE).solve
-    assert estimate_seconds(layers, TEXT, 1, 0, replace(ONE, layer=3.0)).solve == quick + 6
+def test_numbers_of_linears_pass_memory_beside_products() -> None:
+    followed = LayerConfig(asymmetric_calibration=0.5)
+    passing = replace(ONE, states=0.5, expert_states=0.25)
+    for settings, streams in ((PLAIN, 1), (followed, 2)):
+        for parent, tokens, each in (("a", 100, 2), ("model.layers.0.mlp.experts.0", 100, 4)):
+            stage = [linear(f"{parent}.{name}_proj", 16, 12, settings) for name in ("gate", "up")]
+            plain = estimate_seconds(stage, TEXT, 1, 0, ONE)
+            found = estimate_seconds(stage, TEXT, 1, 0, passing)
+            assert found.forward - plain.forward == streams * (12 + 16 + 16) * tokens * each
+            assert found.hessian - plain.hessian == streams * 12 * tokens * each
+            assert (found.factor, found.solve) == (plain.factor, plain.solve)
+
+
+def test_a_gpu_sums_the_rows_of_each_panel_of_a_hessian() -> None:
+    assert HESSIAN_PANEL == CUDA_PANEL
+    layer = linear("a.up_proj", 16, 12, PLAIN)
+    for panel, products in ((4, 4 * 4 + 8 * 4 + 12 * 4), (6, 6 * 6 + 12 * 6), (64, 12 * 12)):
+        found = estimate_seconds([layer], TEXT, 1, 0, replace(ONE, panel=panel))
+        assert found.hessian == pytest.approx(100 * products)
+
+
+def test_columns_take_turns_in_each_part_and_sweep() -> None:
+    wide = linear("a.up_proj", 16384 + 1, 12, LayerConfig(refine_sweeps=4))
+    one = [linear(f"model.layers.0.mlp.experts.{n}.up_proj", 16, 12, PLAIN) for n in range(64)]
+    for layers, turns in (([wide], 5 * 2 * 12), (one, 2 * 12)):
+        quick = estimate_seconds(layers, TEXT, 1, 0, ONE).solve
+        slow = estimate_seconds(layers, TEXT, 1, 0, replace(ONE, turn=1e6)).solve
+        assert slow - quick == pytest.approx(turns * 1e6)
+
+
+def test_weights_are_copied_and_corrected_at_rates_of_their_own() -> None:
+    plain = linear("a.up_proj", 16, 12, LayerConfig(bits=8))
+    followed = replace(plain, config=LayerConfig(bits=8, asymmetric_calibration=0.5))
+    for layer, more in ((plain, 2 * 3), (followed, 2 * 3 + 4)):
+        quick = estimate_seconds([layer], TEXT, 1, 0, ONE).solve
+        slow = estimate_seconds([layer], TEXT, 1, 0, replace(ONE, copies=0.5, followed=0.25)).solve
+        assert slow - quick == 16 * 12 * more
+
+
+def test_saving_takes_a_twentieth_of_the_time_at_most(tmp_path: Path) -> None:
+    settings = config(nsamples=2, seqlen=16, batch_size=2)
+    plan = plan_run(save_model(tmp_path / "model"), settings)
+    quick = estimate_time(plan, settings, replace(ONE, writes=1e9))
+    once = plan.n_blocks * 2 * 16 * 64 * 4 / 1e9  # float32 states of 64 features
+    assert quick.saving == pytest.approx(once)
+    slow = estimate_time(plan, settings, replace(ONE, writes=1e-3))
+    assert slow.saving == pytest.approx(slow.working / 20)
+    assert saving_seconds(plan, settings, replace(ONE, writes=1e9), 10 * once) == once / 2
+    twice = config(nsamples=2, seqlen=16, batch_size=2, asymmetric_calibration=0.5)
+    both = plan_run(tmp_path / "model", twice)
+    assert saving_seconds(both, twice, replace(ONE, writes=1e9), 1e9) == pytest.approx(2 * once)
+
+
+@pytest.mark.parametrize(
+    ("settings", "tried"),
+    [
+        (LayerConfig(), 0),
+        (LayerConfig(scale_search="mse"), len(SHRINKS)),
+        (LayerConfig(scale_search="mse", signed_scales=True), 2 * len(SHRINKS)),
+        (LayerConfig(scale_search="mse", sym=False), 3 * len(SHRINKS)),
+    ],
+    ids=str,
+)
+def test_the_cost_model_searches_as_many_scales_as_the_solver(
+    settings: LayerConfig, tried: int
+) -> None:
+    assert n_candidates(settings) == tried
+    rates = replace(H100, weight_seconds=1.0, sweep_seconds=0.5, candidates=0.25)
+    assert cost_model(rates, settings).columns == 1 / (1 + 4 * tried)
+    refined = replace(settings, refine_sweeps=4)
+    assert cost_model(rates, refined).columns == 5 / (1 + 4 * 0.5 + 4 * tried)
+
+
+def test_each_run_costs_a_start(tmp_path: Path) -> None:
     settings = config(nsamples=2, batch_size=2)
     plan = plan_run(save_model(tmp_path / "model"), settings)
     quick = replace(ONE, disk=math.inf)
@@ -217,15 +296,17 @@ def test_tensors_are_copied_beside_the_blocks(tmp_path: Path) -> None:
     assert beside_seconds(plan, rates) == 4 * copied / 8 + copied / 2
     short = estimate_time(plan, settings, rates)
     assert short.beside == beside_seconds(plan, rates)
-    assert short.total == estimate_time(plan, settings, replace(rates, writes=math.inf)).total
+    beside = estimate_time(plan, settings, replace(rates, writes=math.inf))
+    assert short.total == beside.total + short.saving
     long = estimate_time(plan, settings, replace(rates, writes=1e-9))
-    assert long.total == pytest.approx(copied * 1e9 + 4 * copied / 8 + long.fixed)
+    copying = copied * 1e9 + 4 * copied / 8
+    assert long.total == pytest.approx(copying + long.saving + long.fixed)
 
 
 def test_the_cost_model_takes_half_the_operations_of_an_h100() -> None:
-    rates = cost_model(replace(H100, bfloat16=8.0, cholesky=4.0, hashes=3.0))
-    assert rates.forward * H100.forwards_per_product == 4
-    assert (rates.shift, rates.solve, rates.factor) == (4, 4, 2)
+    rates = cost_model(replace(H100, bfloat16=8.0, cholesky=4.0, hashes=3.0), PLAIN)
+    assert (rates.forward, rates.hessian, rates.shift, rates.solve) == (4, 4, 4, 4)
+    assert rates.factor == 2
     assert rates.hashes == 3 * H100.hash_threads
 
 
