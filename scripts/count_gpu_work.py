@@ -225,6 +225,8 @@ class NoStore:
     def read(self) -> list[BatchState]:
         return []
 
+    def read_back(self) -> None: ...
+
     def save(self, block: int, batches: list[BatchState] | None) -> None:
         del block, batches
 

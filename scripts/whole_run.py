@@ -6,11 +6,10 @@ start     Python imports torch and transformers: nothing of this program would
 source    the model is hashed while kernels are compiled: kernels of an earlier run are cached, and
           a model of the Hub has known hashes, so its numbers are only checked
 saving    hidden states are written for a run that resumes, in a twentieth of the time at most
-beside    tensors that are not quantized are copied while blocks are quantized: what of this takes
-          longer than the blocks
-verify    the output is read back and hashed tensor by tensor
-manifest  each file of the output is hashed by one thread: smaller files (`--max-shard-size 1GB`)
-          share the threads better
+beside    while blocks are quantized, a thread copies the tensors that are not quantized, makes the
+          output durable, reads it back and hashes it: what of this takes longer than the blocks
+verify    the tensors of the last block are made durable, and are read back one by one
+manifest  one thread hashes the rest of a file, from the first tensor of the last block on
 """
 
 from __future__ import annotations

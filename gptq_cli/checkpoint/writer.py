@@ -1,15 +1,15 @@
 """Writer of the output checkpoint: packed tensors when they are solved, all others unchanged.
 
 Two threads work while blocks are quantized: one writes solved tensors, the other copies those that
-are not quantized.
+are not quantized, reads back what is written, and hashes the files for the manifest.
 """
 
 from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from gptq_cli.checkpoint.headers import TensorInfo, is_finite, not_finite
-from gptq_cli.checkpoint.layout import Layout
+from gptq_cli.checkpoint.layout import Layout, Shard
 from gptq_cli.checkpoint.quantization_config import with_quantization
 from gptq_cli.checkpoint.reader import SAFETENSORS_DTYPE, tensor_bytes
 from gptq_cli.checkpoint.source import Checkpoint
@@ -40,7 +40,9 @@ from gptq_cli.storage.manifest import (
     INDEX_NAME,
     QUANTIZE_CONFIG,
     RUN_FILES,
+    GrowingHash,
     Span,
+    span_hash,
     span_hashes,
 )
 
@@ -56,9 +58,12 @@ class CheckpointWriter:
 
     Each tensor must be written, or marked as written, before `finish`. A thread takes tensors from
     their device, hashes and writes them one after the other, while the caller continues; a second
-    one copies the tensors of `copy_beside`. A later `write`, `copy` or `sync` raises the errors of
-    both. A tensor that is written again replaces the first one. Shards that an earlier run began
-    are completed in place; all other files in the directory are removed.
+    one copies the tensors of `copy_beside` and reads back those of `read_back_beside`. A later
+    `write`, `copy` or `sync` raises the errors of both. A tensor that is written again replaces the
+    first one. Shards that an earlier run began are completed in place; all other files in the
+    directory are removed.
+
+    `file_hashes` has the hash of the first bytes of each shard, as far as they were read back.
     """
 
     def __init__(self, directory: Path, layout: Layout) -> None:
@@ -72,9 +77,14 @@ class CheckpointWriter:
         self._waiting: deque[Future[None]] = deque()
         self._from_device: DeviceCopies | None = None  # made for the first tensor of a device
         self._beside = ThreadPoolExecutor(1, "beside")
-        self._begun: dict[str, Future[None]] = {}  # by tensor
-        self._tasks: deque[Future[None]] = deque()  # of the thread `beside`
-        self._unsynced: list[str] = []  # tensors that this thread has copied
+        self._begun: dict[str, Future[int]] = {}  # copies, by tensor
+        self._tasks: deque[Future[int]] = deque()  # of the thread `beside`
+        self._copied: list[str] = []  # by this thread, which has not read them back yet
+        self._written: list[str] = []  # by the thread `writer`, which has not handed them over yet
+        self._handed_over: set[str] = set()
+        self._read: set[str] = set()
+        self._read_bytes = 0
+        self.file_hashes: dict[Path, GrowingHash] = {}
         self._given_up = Event()
         make_directory(directory)
         sweep(directory, [shard.file for shard in layout.shards])
@@ -134,7 +144,14 @@ class CheckpointWriter:
         """
         for tensor in tensors:
             self._begun[tensor.name] = self._begin(self._copy_beside, tensor)
-        self._begin(self._sync_copies)
+        self._begin(self._read_back_copies)
+
+    def read_back_beside(self) -> None:
+        """Begin to read back what was written, in a thread, once it is durable.
+
+        GateError E_VERIFY as `finish` raises it.
+        """
+        self._waiting.append(self._thread.submit(self._hand_over))
 
     def is_written(self, name: str) -> bool:
         """Return whether a tensor was written, or marked as written, and no error followed."""
@@ -177,18 +194,19 @@ class CheckpointWriter:
         ValueError if a planned tensor was never written, GateError E_VERIFY if a tensor reads back
         with other bytes.
         """
-        self._wait_until(0)
-        wait(self._tasks)
-        self._raise_of_beside()
+        self.sync()
+        report(PhaseStarted("verify", f"reading back {size(self._layout.nbytes)}"))
+        count = ByteCount(report, self.nbytes(self._positions))
+        count.passed(self._read_bytes)
+        while self._tasks:
+            count.passed(self._tasks.popleft().result())
         missing = self._positions.keys() - self._hashes.keys()
         if missing:
             raise ValueError(f"never written: {', '.join(sorted(missing)[:5])}")
-        self.sync()
         self.close()
         if self._layout.index is not None:
             write_file(self._directory / INDEX_NAME, self._layout.index.encode())
-        report(PhaseStarted("verify", f"reading back {size(self._layout.nbytes)}"))
-        self._read_back(ByteCount(report, self.nbytes(self._positions)))
+        self._read_back([name for name in self._positions if name not in self._read], count)
 
     def close(self) -> None:
         """Close the files. Only `sync` makes their content durable."""
@@ -209,8 +227,8 @@ class CheckpointWriter:
                 self._waiting.popleft().cancel()
             raise
 
-    def _begin(self, work: Callable[..., None], *arguments: Any) -> Future[None]:
-        """Queue `work` for the thread `beside`."""
+    def _begin(self, work: Callable[..., int], *arguments: Any) -> Future[int]:
+        """Queue `work`, which returns the number of bytes read back, for the thread `beside`."""
         task = self._beside.submit(work, *arguments)
         self._tasks.append(task)
         return task
@@ -218,22 +236,60 @@ class CheckpointWriter:
     def _raise_of_beside(self) -> None:
         """Raise the first error of the thread `beside`."""
         while self._tasks and self._tasks[0].done():
-            self._tasks.popleft().result()
+            self._read_bytes += self._tasks.popleft().result()
 
-    def _copy_beside(self, tensor: TensorInfo) -> None:
+    def _copy_beside(self, tensor: TensorInfo) -> int:
         found = self._copy(tensor, ByteCount())
         if self._given_up.is_set():
-            return
+            return 0
         self._hashes[tensor.name] = found
-        self._unsynced.append(tensor.name)
-        if self.nbytes(self._unsynced) >= SYNC_BYTES:
-            self._sync_copies()
+        self._copied.append(tensor.name)
+        if self.nbytes(self._copied) < SYNC_BYTES:
+            return 0
+        return self._read_back_copies()
 
-    def _sync_copies(self) -> None:
-        """Make copied tensors durable, often enough that a signal need not wait for long."""
-        names, self._unsynced = self._unsynced, []
-        for file in dict.fromkeys(self._positions[name][0] for name in names):
+    def _read_back_copies(self) -> int:
+        """Read back copied tensors, often enough that a signal need not wait long for the disk."""
+        names, self._copied = self._copied, []
+        return self._flush_and_read(names)
+
+    def _hand_over(self) -> None:
+        names, self._written = list(dict.fromkeys(self._written)), []
+        self._handed_over.update(names)
+        self._begin(self._flush_and_read, names)
+
+    def _flush_and_read(self, names: Sequence[str]) -> int:
+        """Make tensors durable, read them back, and hash the files as far as that is done."""
+        files = dict.fromkeys(self._positions[name][0] for name in names)
+        for file in files:
             file.sync()
+            _forget_cached(file.path)
+        for name in names:
+            found = span_hash(self._span(name), self._given_up, ByteCount())
+            if self._given_up.is_set():
+                return 0
+            self._refuse_other(name, found)
+            self._read.add(name)
+        for shard in self._layout.shards:
+            path = self._directory / shard.file
+            if path in {file.path for file in files}:
+                growing = self.file_hashes.setdefault(path, GrowingHash(path))
+                growing.grow(self._end_of_read(shard), self._given_up, ByteCount())
+        return self.nbytes(names)
+
+    def _end_of_read(self, shard: Shard) -> int:
+        """Return where the first tensor of a shard starts that was not read back."""
+        for name, offset in shard.offsets.items():  # which are in the order of the file
+            if name not in self._read:
+                return offset
+        return shard.size
+
+    def _read_again(self) -> None:
+        """Forget what was read back, because some of it is replaced: `finish` reads all of it."""
+        self._beside.submit(int).result()  # whose tasks before this one are done then
+        self._handed_over.clear()
+        self._read.clear()
+        self.file_hashes.clear()
 
     def _copy(self, tensor: TensorInfo, count: ByteCount) -> str:
         """Copy the bytes of one source tensor, tell their number, and return their hash."""
@@ -264,10 +320,13 @@ class CheckpointWriter:
 
     @torch.inference_mode()
     def _write(self, name: str, tensor: Tensor) -> None:
+        if name in self._handed_over:
+            self._read_again()
         file, offset = self._positions[name]
         data = tensor_bytes(tensor)
         self._write_at(file, offset, data)
         self._hashes[name] = self._new[name] = sha256(data).hexdigest()
+        self._written.append(name)
 
     def _write_at(self, file: OpenFile, offset: int, data: bytes | memoryview) -> None:
         self._dirty.add(file)
@@ -277,17 +336,19 @@ class CheckpointWriter:
         file, offset = self._positions[name]
         return Span(file.path, offset, self._layout.specs[name].nbytes)
 
-    def _read_back(self, count: ByteCount) -> None:
-        for shard in self._layout.shards:
-            _forget_cached(self._directory / shard.file)
-        for name, found in zip(
-            self._positions, span_hashes(map(self._span, self._positions), count), strict=True
-        ):
-            if found != self._hashes[name]:
-                file = self._span(name).path.name
-                message = f"`{name}` in {file} reads back with other bytes than were written"
-                hint = "the disk or its driver is at fault: write to another one"
-                raise GateError("E_VERIFY", message, hint=hint)
+    def _read_back(self, names: Sequence[str], count: ByteCount) -> None:
+        for file in dict.fromkeys(self._positions[name][0] for name in names):
+            _forget_cached(file.path)
+        for name, found in zip(names, span_hashes(map(self._span, names), count), strict=True):
+            self._refuse_other(name, found)
+
+    def _refuse_other(self, name: str, found: str) -> None:
+        """Raise GateError E_VERIFY if a tensor has another hash than was written."""
+        if found != self._hashes[name]:
+            file = self._span(name).path.name
+            message = f"`{name}` in {file} reads back with other bytes than were written"
+            hint = "the disk or its driver is at fault: write to another one"
+            raise GateError("E_VERIFY", message, hint=hint)
 
 
 def write_side_files(

@@ -813,13 +813,18 @@ def saving_seconds(plan: RunPlan, config: QuantizeConfig, rates: Rates, working:
 def fixed_seconds(plan: RunPlan, rates: Rates) -> dict[str, float]:
     """Return the seconds before the first block and after the last one, by what takes them.
 
-    Kernels are compiled while the model is read and hashed. After the blocks the output is read
-    back tensor by tensor, and its files are hashed for the manifest.
+    Kernels are compiled while the model is read and hashed. After the blocks the tensors of the
+    last one are read back, and the files of the output are hashed from the first of these on.
     """
     files = Counter[Path]()
     for tensor in plan.source.tensors.values():
         files[tensor.file] += tensor.nbytes
-    written = [shard.size for shard in plan.layout.shards]
+    last = _last_tensors(plan)
+    late = sum(plan.layout.specs[name].nbytes for name in last)
+    rests = []
+    for shard in plan.layout.shards:
+        starts = [offset for name, offset in shard.offsets.items() if name in last]
+        rests.append(shard.size - min(starts, default=shard.size))
     return {
         "start": rates.start,
         "source": max(
@@ -827,15 +832,29 @@ def fixed_seconds(plan: RunPlan, rates: Rates) -> dict[str, float]:
             plan.source.nbytes / rates.disk,
             _hashing_seconds(files.values(), rates),
         ),
-        "verify": plan.layout.nbytes / rates.hashes,
-        "manifest": _hashing_seconds(written, rates),
+        "verify": late / rates.writes + late / rates.hashes,
+        "manifest": _hashing_seconds(rests, rates),
     }
 
 
 def beside_seconds(plan: RunPlan, rates: Rates) -> float:
-    """Return the seconds of one thread that copies and hashes tensors during the blocks."""
-    copied = sum(tensor.nbytes for tensor in plan.copied)
-    return copied * rates.hash_threads / rates.hashes + copied / rates.writes
+    """Return the seconds of the thread that works during the blocks.
+
+    It copies and hashes the other tensors, makes the output durable, reads it back and hashes it
+    twice: each tensor, and each file.
+    """
+    copied, written = sum(tensor.nbytes for tensor in plan.copied), plan.layout.nbytes
+    return (copied + 2 * written) * rates.hash_threads / rates.hashes + written / rates.writes
+
+
+def _last_tensors(plan: RunPlan) -> set[str]:
+    """Return the names of the tensors of the last block, or of the head if it is quantized."""
+    last = max(layer.block for layer in plan.quantized)
+    names = set[str]()
+    for layer in plan.quantized:
+        if layer.block == last:
+            names.update(spec.name for spec in layer.packed(plan.packing))
+    return names
 
 
 def _hashing_seconds(files: Iterable[int], rates: Rates) -> float:

@@ -237,6 +237,10 @@ class BlockStore:
         found: list[BatchState] = torch.load(last, map_location="cpu", weights_only=True)
         return found
 
+    def read_back(self) -> None:
+        """Begin to read back what was written of finished blocks, while the caller continues."""
+        self._writer.read_back_beside()
+
     def save(self, block: int, batches: list[BatchState] | None) -> None:
         """Make the blocks up to `block` durable: tensors, states of `batches`, then the journal.
 

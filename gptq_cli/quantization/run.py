@@ -563,7 +563,7 @@ def _writing_output(
         manifest = {"identity": identity, "origin": origin, **record.for_manifest()}
         if dialect_of(run.config.format) is not None:  # which has no quantize_config.json
             manifest["meta"] = _notes(plan, calibration.windows.sha256)
-        write_manifest(work.stage, manifest, record)
+        write_manifest(work.stage, manifest, record, writer.file_hashes)
         plan.source.check_unchanged()
     # A refusal to publish says nothing about the finished work, so it is not marked as failed.
     work.publish(plan.source.directory, overwrite=options.overwrite)

@@ -257,6 +257,9 @@ class Store(Protocol):
     def read(self) -> list[BatchState]:
         """Return the state of every batch after the last finished block, on the host."""
 
+    def read_back(self) -> None:
+        """Begin to read back what was written of finished blocks, while the caller continues."""
+
     def save(self, block: int, batches: list[BatchState] | None) -> None:
         """Make the blocks up to `block` durable, with the state of `batches` after them."""
 
@@ -296,7 +299,12 @@ class FinishedBlocks:
         return self.n_finished
 
     def finished(self, block: int, stream: ModelStream, hidden: Sequence[HiddenStates]) -> None:
-        """Save the blocks up to `block` and the `hidden` states after it, if it is time to."""
+        """Read back the tensors of `block`, and save the blocks up to it if it is time to.
+
+        `hidden` are the states after it.
+        """
+        if self._store is not None:
+            self._store.read_back()
         if block + 1 == self._n_steps:
             if self._store is not None:
                 self._store.save(block, None)

@@ -137,17 +137,33 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def write_manifest(directory: Path, content: dict[str, Any], report: Report = ignore) -> None:
+def write_manifest(
+    directory: Path,
+    content: dict[str, Any],
+    report: Report = ignore,
+    begun: Mapping[Path, GrowingHash] | None = None,
+) -> None:
     """Write `content` and the hashes of all files in `directory` as its last file.
 
-    The report of a run is not hashed, because it may be written again later.
+    A hash that was `begun` is continued. The report of a run is not hashed, because it may be
+    written again later.
     """
     reports = {directory / REPORT_DATA, directory / REPORT_PAGE}
     paths = [path for path in files_below(directory) if path.is_file() and path not in reports]
     total = sum(path.stat().st_size for path in paths)
     report(PhaseStarted("manifest", f"hashing {size(total)}"))
+    count = ByteCount(report, total)
+    growing = []
+    for path in paths:
+        growing.append((begun or {}).get(path) or GrowingHash(path))
+    count.passed(sum(known.end for known in growing))
+
+    def work(known: GrowingHash, given_up: Event) -> str:
+        known.grow(known.path.stat().st_size, given_up, count)
+        return known.hexdigest()
+
     files = {}
-    for path, found in zip(paths, file_hashes(paths, ByteCount(report, total)), strict=True):
+    for path, found in zip(paths, in_threads(work, growing, count), strict=True):
         name = path.relative_to(directory).as_posix()
         files[name] = {"sha256": found, "size": path.stat().st_size}
     write_json(directory / MANIFEST, sealed({"schema": SCHEMA, **content, "files": files}))
@@ -244,9 +260,32 @@ class Span(NamedTuple):
     size: int
 
 
+class GrowingHash:
+    """The SHA-256 of the bytes of a file from `start` to `end`, which grows with what is final."""
+
+    def __init__(self, path: Path, start: int = 0) -> None:
+        self.path, self.end = path, start
+        self._digest = sha256()
+
+    def grow(self, end: int, given_up: Event, count: ByteCount) -> None:
+        """Read on to byte `end`, or to the end of the file; stop once `given_up` is set."""
+        with file_errors(self.path, writing=False), self.path.open("rb", buffering=0) as stream:
+            while self.end < end and not given_up.is_set():
+                chunk = os.pread(stream.fileno(), min(CHUNK_BYTES, end - self.end), self.end)
+                if not chunk:
+                    break
+                self._digest.update(chunk)
+                self.end += len(chunk)
+                count.add(len(chunk))
+
+    def hexdigest(self) -> str:
+        """Return the hash of what was read."""
+        return self._digest.hexdigest()
+
+
 def file_hash(path: Path) -> str:
     """Return the hash of the bytes of a file."""
-    return _hash(Span(path, 0, path.stat().st_size), Event(), ByteCount())
+    return span_hash(Span(path, 0, path.stat().st_size), Event(), ByteCount())
 
 
 def file_hashes(paths: Iterable[Path], count: ByteCount | None = None) -> Iterator[str]:
@@ -259,7 +298,7 @@ def span_hashes(spans: Iterable[Span], count: ByteCount | None = None) -> Iterat
     counted = count or ByteCount()
 
     def work(span: Span, given_up: Event) -> str:
-        return _hash(span, given_up, counted)
+        return span_hash(span, given_up, counted)
 
     return in_threads(work, spans, counted)
 
@@ -307,13 +346,8 @@ def _threads() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(n_threads(), "side by side")
 
 
-def _hash(span: Span, given_up: Event, count: ByteCount) -> str:
-    digest, end = sha256(), span.start + span.size
-    with file_errors(span.path, writing=False), span.path.open("rb", buffering=0) as stream:
-        for start in range(span.start, end, CHUNK_BYTES):
-            if given_up.is_set():  # the caller was interrupted, and waits for this thread to end
-                break
-            chunk = os.pread(stream.fileno(), min(CHUNK_BYTES, end - start), start)
-            digest.update(chunk)
-            count.add(len(chunk))
-    return digest.hexdigest()
+def span_hash(span: Span, given_up: Event, count: ByteCount) -> str:
+    """Return the hash of a span; a wrong one once `given_up` is set."""
+    growing = GrowingHash(span.path, span.start)
+    growing.grow(span.start + span.size, given_up, count)
+    return growing.hexdigest()

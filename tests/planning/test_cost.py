@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from gptq_cli.checkpoint.headers import TensorInfo
+from gptq_cli.checkpoint.layout import GPTQ
 from gptq_cli.config.layer import LayerConfig
 from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.planning.device_rates import (
@@ -254,16 +255,22 @@ def test_the_cost_model_searches_as_many_scales_as_the_solver(
     assert cost_model(rates, refined).columns == 5 / (1 + 4 * 0.5 + 4 * tried)
 
 
+def is_late(name: str) -> bool:
+    """Whether a tensor of `save_model` is written by its last block."""
+    return "layers.2" in name and name.endswith(GPTQ.parts)
+
+
 def test_each_run_costs_a_start(tmp_path: Path) -> None:
     settings = config(nsamples=2, batch_size=2)
     plan = plan_run(save_model(tmp_path / "model"), settings)
     quick = replace(ONE, disk=math.inf)
     plain = estimate_time(plan, settings, quick)
     fixed = estimate_time(plan, settings, replace(quick, start=5.0, hashes=10.0))
-    # The model is hashed, and the output twice: read back and for the manifest.
-    hashed = plan.source.nbytes + plan.layout.nbytes
-    written = sum(shard.size for shard in plan.layout.shards)
-    assert fixed.fixed == pytest.approx(5 + (hashed + written) / 10)
+    last = sum(spec.nbytes for name, spec in plan.layout.specs.items() if is_late(name))
+    # The model is hashed, the last block is read back, and the only file hashed from there on.
+    (shard,) = plan.layout.shards
+    rest = shard.size - min(offset for name, offset in shard.offsets.items() if is_late(name))
+    assert fixed.fixed == pytest.approx(5 + (plan.source.nbytes + last + rest) / 10)
     assert fixed.total == plain.total + fixed.fixed
 
 
@@ -274,32 +281,39 @@ def test_a_file_is_hashed_by_one_thread_while_kernels_compile(tmp_path: Path) ->
     of_one = fixed_seconds(plan, quick)
     rates = replace(quick, hash_threads=4)
     of_four = fixed_seconds(plan, rates)
-    largest = max(shard.size for shard in plan.layout.shards)
-    total = sum(shard.size for shard in plan.layout.shards)
-    assert largest < total < 4 * largest
-    assert of_one["manifest"] == total / 8
-    assert of_four["manifest"] == 4 * largest / 8
+    rests = []
+    for shard in plan.layout.shards:
+        late = [offset for name, offset in shard.offsets.items() if is_late(name)]
+        if late:
+            rests.append(shard.size - late[0])
+    assert max(rests) < sum(rests) < 4 * max(rests)
+    assert of_one["manifest"] == sum(rests) / 8
+    assert of_four["manifest"] == 4 * max(rests) / 8
     assert of_four["source"] == 4 * plan.source.nbytes / 8
     compiling = fixed_seconds(plan, replace(rates, kernels=1e9))
     assert compiling == of_four | {"source": 1e9}
+    writing = fixed_seconds(plan, replace(rates, writes=2.0))
+    last = sum(spec.nbytes for name, spec in plan.layout.specs.items() if is_late(name))
+    assert writing == of_four | {"verify": last / 2 + last / 8}
     reading = fixed_seconds(plan, replace(rates, disk=1.0))
     assert reading == of_four | {"source": plan.source.nbytes}
 
 
-def test_tensors_are_copied_beside_the_blocks(tmp_path: Path) -> None:
+def test_files_are_written_read_and_hashed_beside_the_blocks(tmp_path: Path) -> None:
     settings = config(nsamples=2, batch_size=2)
     plan = plan_run(save_model(tmp_path / "model"), settings)
-    copied = sum(tensor.nbytes for tensor in plan.copied)
+    copied, written = sum(tensor.nbytes for tensor in plan.copied), plan.layout.nbytes
     quick = replace(ONE, disk=math.inf, hashes=8.0)
     rates = replace(quick, hash_threads=4, writes=2.0)
-    assert beside_seconds(plan, quick) == copied / 8 > 0
-    assert beside_seconds(plan, rates) == 4 * copied / 8 + copied / 2
+    hashed = copied + 2 * written  # when it is copied, as a tensor, and in its file
+    assert beside_seconds(plan, quick) == hashed / 8
+    assert beside_seconds(plan, rates) == 4 * hashed / 8 + written / 2
     short = estimate_time(plan, settings, rates)
     assert short.beside == beside_seconds(plan, rates)
     beside = estimate_time(plan, settings, replace(rates, writes=math.inf))
-    assert short.total == beside.total + short.saving
+    assert short.total - short.saving - short.fixed == beside.total - beside.fixed
     long = estimate_time(plan, settings, replace(rates, writes=1e-9))
-    copying = copied * 1e9 + 4 * copied / 8
+    copying = written * 1e9 + 4 * hashed / 8
     assert long.total == pytest.approx(copying + long.saving + long.fixed)
 
 

@@ -1,4 +1,4 @@
-"""While blocks are quantized, a thread copies the tensors that are not quantized."""
+"""While blocks are quantized, a thread copies the other tensors and reads the output back."""
 
 from __future__ import annotations
 
@@ -13,15 +13,20 @@ from typing import Any
 
 import pytest
 
+from gptq_cli.checkpoint import writer
 from gptq_cli.checkpoint.writer import CheckpointWriter
-from gptq_cli.errors import ResourceError
+from gptq_cli.errors import GateError, ResourceError
 from gptq_cli.events import BlockFinished, BlockStarted, Event
+from gptq_cli.files import ByteCount
+from gptq_cli.quantization.run_state import SavingTimes
 from gptq_cli.storage.durable import Disk
+from gptq_cli.storage.manifest import Span
 from tests.disks import Killed, using
 from tests.runs import digest
 from tests.tiny import WORK, Case
 
 PATIENCE = 60  # seconds
+PACKED = ("qweight", "qzeros", "scales", "g_idx")
 
 
 def is_beside() -> bool:
@@ -100,6 +105,60 @@ def test_tensors_are_copied_while_the_first_block_is_in_work(
     with using(WatchedDisk(hold_back)):
         case.run(tmp_path / "out", report=wait_for_the_copies)
     assert operations.index("fsync") >= 6  # a write for each tensor before
+    assert digest(tmp_path / "out") == case.tree
+
+
+def test_a_block_is_read_back_while_the_next_one_is_in_work(
+    case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, whole, read = Signal(), Signal(), list[str]()
+    usual = CheckpointWriter._refuse_other
+
+    def hold_back(self: CheckpointWriter, name: str, found: str) -> None:
+        usual(self, name, found)
+        if name.startswith("model.layers.0.") and name.endswith(PACKED):
+            assert begun.wait(PATIENCE)
+            assert is_beside()
+            read.append(name)
+        if len(read) == 2 * len(PACKED):  # of both linears
+            whole.set()
+
+    def wait_for_the_thread(event: Event) -> None:
+        if isinstance(event, BlockStarted) and event.index == 1:
+            begun.set()
+        if isinstance(event, BlockFinished) and event.index == 1:
+            assert whole.wait(PATIENCE)
+
+    monkeypatch.setattr(CheckpointWriter, "_refuse_other", hold_back)
+    monkeypatch.setattr(SavingTimes, "is_due", lambda *_: False)
+    case.run(tmp_path / "out", report=wait_for_the_thread)
+    assert digest(tmp_path / "out") == case.tree
+
+
+def test_a_block_that_reads_back_otherwise_ends_the_run_early(
+    case: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refused, started = Signal(), list[int]()
+    usual = writer.span_hash
+
+    def differs(span: Span, given_up: Signal, count: ByteCount) -> str:
+        found = usual(span, given_up, count)
+        refused.set()
+        return found[::-1]
+
+    def wait_for_the_thread(event: Event) -> None:
+        if isinstance(event, BlockStarted):
+            started.append(event.index)
+            assert event.index == 0 or refused.wait(PATIENCE)
+
+    monkeypatch.setattr(writer, "span_hash", differs)
+    with pytest.raises(GateError, match="reads back with other bytes") as caught:
+        case.run(tmp_path / "out", report=wait_for_the_thread)
+    assert (caught.value.code, caught.value.exit_code) == ("E_VERIFY", 4)
+    assert started in ([0], [0, 1])
+    assert not (tmp_path / "out").exists()
+    monkeypatch.setattr(writer, "span_hash", usual)
+    case.run(tmp_path / "out")
     assert digest(tmp_path / "out") == case.tree
 
 
@@ -194,4 +253,4 @@ def test_copied_tensors_are_in_no_line_of_the_journal(
     case.run(tmp_path / "out")
     names = [name for found in saved for name in found]
     assert len(names) == 20
-    assert all(name.endswith(("qweight", "qzeros", "scales", "g_idx")) for name in names)
+    assert all(name.endswith(PACKED) for name in names)
