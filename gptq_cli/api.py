@@ -100,6 +100,7 @@ def quantize(
         default_output,
         prepare_run,
         refuse_streaming,
+        scanning,
     )
     from gptq_cli.publish.report import check_report, write_page
     from gptq_cli.storage.manifest import REPORT_PAGE, write_report_data
@@ -118,14 +119,14 @@ def quantize(
 
         start = starting_config(goal)
     output = Path(output or default_output(str(model), goal, start, revision))
-    prepared = prepare_run(str(model), output, start, options)
-    if goal.allocates:
-        from gptq_cli.allocation.run import allocate_run
+    with scanning(prepare_run(str(model), output, start, options)) as prepared:
+        if goal.allocates:
+            from gptq_cli.allocation.run import allocate_run
 
-        prepared, _, _ = allocate_run(prepared, goal, on_event)
-    from gptq_cli.quantization.run import carry_out
+            prepared, _, _ = allocate_run(prepared, goal, on_event)
+        from gptq_cli.quantization.run import carry_out
 
-    result = carry_out(prepared, on_event)
+        result = carry_out(prepared, on_event)
     write_report_data(prepared.output, result.to_json(), command)
     if report:
         write_page(prepared.output, prepared.output / REPORT_PAGE)

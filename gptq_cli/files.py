@@ -475,6 +475,11 @@ class ByteCount:
         with self._lock:
             self._done += n_bytes
 
+    @property
+    def done(self) -> int:
+        """The bytes that were counted."""
+        return self._done
+
     def tell(self) -> None:
         """Report the bytes that were counted, if they are half a percent more than reported."""
         if self._report is None or not self._total:

@@ -2,9 +2,10 @@
 
 The parts of a run, beside its blocks, and what would make each of them shorter:
 
-start     Python imports torch and transformers: nothing of this program would
-source    the model is hashed while kernels are compiled: kernels of an earlier run are cached, and
-          a model of the Hub has known hashes, so its numbers are only checked
+start     Python imports torch and transformers, while the model is read and hashed
+source    kernels are compiled, or the rest of the model is hashed, whichever takes longer: kernels
+          of an earlier run are cached, and a model of the Hub has known hashes, so its numbers are
+          only checked
 saving    hidden states are written for a run that resumes, in a twentieth of the time at most
 beside    while blocks are quantized, a thread copies the tensors that are not quantized, makes the
           output durable, reads it back and hashes it: what of this takes longer than the blocks
@@ -38,7 +39,8 @@ def whole_run(
 ) -> dict[str, Any]:
     """Return the seconds of the parts of a run of all blocks, each of which takes as long.
 
-    `plan_seconds` is the estimate of the cost model that `gptq plan --time` uses, at these rates.
+    `cached_seconds` are those of a run that finds its kernels compiled, `plan_seconds` the estimate
+    of the cost model that `gptq plan --time` uses, at these rates.
     """
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder) / "model"
@@ -49,9 +51,12 @@ def whole_run(
         beside = max(0.0, beside_seconds(plan, known) - blocks)
         parts = {"blocks": blocks, "beside": beside, **fixed_seconds(plan, known)}
         parts["saving"] = saving_seconds(plan, config, known, blocks)
+        cached = fixed_seconds(plan, replace(known, kernels=rates.cached_kernel_seconds))
         planned = estimate_time(plan, config, replace(known, network=float("inf")))
+    seconds = sum(parts.values())
     return {
-        "run_seconds": sum(parts.values()),
+        "run_seconds": seconds,
+        "cached_seconds": seconds - parts["source"] + cached["source"],
         "plan_seconds": planned.total,
         "parts": parts,
     }
@@ -63,3 +68,4 @@ def lines(found: dict[str, Any], blocks: int) -> Iterator[str]:
         yield f"{name:10} {seconds:8.1f} s"
     planned = f"{found['plan_seconds']:.0f} s by the cost model of `gptq plan --time`"
     yield f"a run of {blocks} blocks takes {found['run_seconds']:.0f} s (estimated); {planned}"
+    yield f"with kernels that an earlier run compiled: {found['cached_seconds']:.0f} s (estimated)"

@@ -410,7 +410,14 @@ def _identify(
     sha256 = calibration.windows.sha256
     commit, hashed = prepared.located.commit, ranks.first_here
     identity = identify(
-        source, commit, settings, worker.device, sha256, hashed=hashed, report=report
+        source,
+        commit,
+        settings,
+        worker.device,
+        sha256,
+        hashed=hashed,
+        scan=prepared.scan,
+        report=report,
     )
     identity["allocation"] = REVISION
     identity["fused_units"] = bool(fusing)

@@ -14,6 +14,7 @@ import os
 import stat
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -22,7 +23,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from gptq_cli.errors import InputError
 from gptq_cli.files import ByteCount, file_errors
-from gptq_cli.storage.manifest import CHUNK_BYTES, in_threads
+from gptq_cli.storage.manifest import CHUNK_BYTES, TICK, in_threads
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -324,13 +325,45 @@ def unpack_words(words: Array, bits: int) -> Array:
     return np.packbits(fields, axis=2, bitorder="little")[:, :, 0]
 
 
+class WeightScan:
+    """What `scan_weights` does with all files of weights, in a thread that begins at once."""
+
+    def __init__(self, tensors: Iterable[TensorInfo], *, hashed: bool) -> None:
+        self._read, self._given_up = ByteCount(), Event()
+        self._thread = ThreadPoolExecutor(1, "scan")
+        self._scanned = self._thread.submit(
+            scan_weights, tensors, hashed=hashed, count=self._read, given_up=self._given_up
+        )
+
+    def __enter__(self) -> WeightScan:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._given_up.set()
+        self._thread.shutdown()
+
+    def result(self, count: ByteCount) -> dict[Path, str]:
+        """Wait for the scan, tell its bytes to `count`, and return or raise as `scan_weights`."""
+        told, waits = 0, True
+        while waits:
+            waits = bool(wait([self._scanned], TICK).not_done)
+            read = self._read.done
+            count.passed(read - told)
+            told = read
+        return self._scanned.result()
+
+
 def scan_weights(
-    tensors: Iterable[TensorInfo], *, hashed: bool = True, count: ByteCount | None = None
+    tensors: Iterable[TensorInfo],
+    *,
+    hashed: bool = True,
+    count: ByteCount | None = None,
+    given_up: Event | None = None,
 ) -> dict[Path, str]:
     """Return the SHA-256 of each file that `tensors` fill; nothing if `hashed` is false.
 
     `count` gets the bytes read. InputError E_CKPT_NONFINITE names a tensor of floats that holds NaN
-    or infinity.
+    or infinity. The hashes are wrong once `given_up` is set.
     """
     counted = count or ByteCount()
     files: dict[Path, list[TensorInfo]] = defaultdict(list)
@@ -341,7 +374,7 @@ def scan_weights(
         in_order = sorted(content, key=lambda tensor: tensor.start)
         return _scan(in_order, cancelled, counted, hashed=hashed)
 
-    hashes = list(in_threads(scan, files.values(), counted))
+    hashes = list(in_threads(scan, files.values(), counted, given_up))
     if not hashed:
         return {}
     return dict(zip(files, hashes, strict=True))

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from gptq_cli.checkpoint.headers import TensorInfo, is_finite, not_finite
-from gptq_cli.checkpoint.layout import Layout, Shard
+from gptq_cli.checkpoint.layout import Layout
 from gptq_cli.checkpoint.quantization_config import with_quantization
 from gptq_cli.checkpoint.reader import SAFETENSORS_DTYPE, tensor_bytes
 from gptq_cli.checkpoint.source import Checkpoint
@@ -68,6 +68,7 @@ class CheckpointWriter:
 
     def __init__(self, directory: Path, layout: Layout) -> None:
         self._directory, self._layout = directory, layout
+        self._shards = {directory / shard.file: shard for shard in layout.shards}
         self._positions: dict[str, tuple[OpenFile, int]] = {}
         self._files: list[OpenFile] = []
         self._dirty: set[OpenFile] = set()
@@ -91,8 +92,8 @@ class CheckpointWriter:
 
     def __enter__(self) -> CheckpointWriter:
         try:
-            for shard in self._layout.shards:
-                file = OpenFile(self._directory / shard.file, shard.size)
+            for path, shard in self._shards.items():
+                file = OpenFile(path, shard.size)
                 self._files.append(file)
                 self._write_at(file, 0, shard.header)
                 for name, offset in shard.offsets.items():
@@ -270,15 +271,14 @@ class CheckpointWriter:
                 return 0
             self._refuse_other(name, found)
             self._read.add(name)
-        for shard in self._layout.shards:
-            path = self._directory / shard.file
-            if path in {file.path for file in files}:
-                growing = self.file_hashes.setdefault(path, GrowingHash(path))
-                growing.grow(self._end_of_read(shard), self._given_up, ByteCount())
+        for file in files:
+            growing = self.file_hashes.setdefault(file.path, GrowingHash(file.path))
+            growing.grow(self._end_of_read(file.path), self._given_up, ByteCount())
         return self.nbytes(names)
 
-    def _end_of_read(self, shard: Shard) -> int:
+    def _end_of_read(self, path: Path) -> int:
         """Return where the first tensor of a shard starts that was not read back."""
+        shard = self._shards[path]
         for name, offset in shard.offsets.items():  # which are in the order of the file
             if name not in self._read:
                 return offset

@@ -120,6 +120,11 @@ def is_leader() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def is_first_here() -> bool:
+    """Return whether this process is the first one of a run on its machine."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
 @contextmanager
 def joined_worker(device: str, devices: list[str], *, as_json: bool) -> Iterator[Worker]:
     """Yield this process's device and its connection to the other processes of the run.

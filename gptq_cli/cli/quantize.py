@@ -18,6 +18,7 @@ from pydantic import BaseModel, BeforeValidator, StrictBool, TypeAdapter
 from gptq_cli.cli import options as o
 from gptq_cli.cli.console import Console, engine_lines, fitted, on_one_line
 from gptq_cli.cli.launch import (
+    is_first_here,
     is_leader,
     is_one_of_several,
     joined_worker,
@@ -192,14 +193,17 @@ def _carry_out(
     evaluate: bool,
 ) -> None:
     """Carry out a run on `devices`, with widths that are measured if `goal` allocates; show it."""
-    from gptq_cli.quantization.run import carry_out
+    from gptq_cli.planning.checks import scanning
 
-    with working(console, prepared, devices) as (worker, progress):
-        if goal.allocates:
-            from gptq_cli.cli.allocate import allocated
+    with scanning(prepared, reads=is_first_here()) as prepared:
+        from gptq_cli.quantization.run import carry_out
 
-            prepared = allocated(console, prepared, goal, worker, progress)
-        result = carry_out(prepared, progress, worker)
+        with working(console, prepared, devices) as (worker, progress):
+            if goal.allocates:
+                from gptq_cli.cli.allocate import allocated
+
+                prepared = allocated(console, prepared, goal, worker, progress)
+            result = carry_out(prepared, progress, worker)
     if worker.team.is_leader:
         _finish(console, result, prepared, with_page=with_page, evaluate=evaluate)
 

@@ -6,13 +6,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from gptq_cli.calibration.corpus import calibration_sources, check_source
 from gptq_cli.calibration.loading import check_cached, check_reach, is_out_of_reach
+from gptq_cli.checkpoint.headers import WeightScan
 from gptq_cli.checkpoint.locate import (
     ModelSource,
     hub_id,
@@ -70,7 +71,8 @@ class PreparedRun:
 
     `config` has windows and a group size that fit the model; `plan` is made from headers. `notes`
     and `warnings`, which have codes, tell what was chosen for the user. If `allocated`, the widths
-    of layers were chosen by the measurement in the work directory.
+    of layers were chosen by the measurement in the work directory. `scan` reads the weights
+    meanwhile, if `scanning` has begun that.
     """
 
     model: str
@@ -82,6 +84,21 @@ class PreparedRun:
     notes: tuple[str, ...] = ()
     warnings: tuple[tuple[str, str], ...] = ()
     allocated: bool = False
+    scan: WeightScan | None = None
+
+
+@contextmanager
+def scanning(prepared: PreparedRun, *, reads: bool = True) -> Iterator[PreparedRun]:
+    """Read and hash the weights of a run in threads, while the body imports torch and begins.
+
+    `reads` is false for a process that leaves this to another one on its machine.
+    """
+    source = prepared.plan.source
+    if source.download is not None or not reads:
+        yield prepared
+        return
+    with WeightScan(source.tensors.values(), hashed=prepared.located.commit is None) as scan:
+        yield replace(prepared, scan=scan)
 
 
 def prepare_run(

@@ -11,12 +11,13 @@ from __future__ import annotations
 import math
 import shutil
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from gptq_cli.checkpoint.decoded import forward_dtype
 from gptq_cli.checkpoint.headers import DTYPES, DTYPES_OF_CONFIG, TensorInfo
+from gptq_cli.checkpoint.layout import Layout
 from gptq_cli.config.layer import LayerConfig, expert_part
 from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.errors import size
@@ -692,9 +693,9 @@ class Rates:
 
     `disk` counts bytes read, `writes` bytes written and made durable, `copies` bytes between host
     and device, and `network` bytes sent to other devices. `hashes` are bytes that `hash_threads`
-    threads hash together, one file each. `start` are seconds before the model is opened, and
-    `kernels` those to compile kernels meanwhile, whatever the sizes. If `shifts_of_rows` is true,
-    W C is summed in place of C for layers with few outputs.
+    threads hash together, one file each. `start` are seconds to import torch, and `kernels` those
+    to compile kernels after that, whatever the sizes. If `shifts_of_rows` is true, W C is summed in
+    place of C for layers with few outputs.
     """
 
     forward: float
@@ -813,27 +814,21 @@ def saving_seconds(plan: RunPlan, config: QuantizeConfig, rates: Rates, working:
 def fixed_seconds(plan: RunPlan, rates: Rates) -> dict[str, float]:
     """Return the seconds before the first block and after the last one, by what takes them.
 
-    Kernels are compiled while the model is read and hashed. After the blocks the tensors of the
-    last one are read back, and the files of the output are hashed from the first of these on.
+    The model is read and hashed from the start on, and kernels are compiled once torch is there.
+    After the blocks the tensors of the last one are read back, and the files of the output are
+    hashed from the first of these on.
     """
     files = Counter[Path]()
     for tensor in plan.source.tensors.values():
         files[tensor.file] += tensor.nbytes
     last = _last_tensors(plan)
     late = sum(plan.layout.specs[name].nbytes for name in last)
-    rests = []
-    for shard in plan.layout.shards:
-        starts = [offset for name, offset in shard.offsets.items() if name in last]
-        rests.append(shard.size - min(starts, default=shard.size))
+    reading = max(plan.source.nbytes / rates.disk, _hashing_seconds(files.values(), rates))
     return {
         "start": rates.start,
-        "source": max(
-            rates.kernels,
-            plan.source.nbytes / rates.disk,
-            _hashing_seconds(files.values(), rates),
-        ),
+        "source": max(rates.kernels, reading - rates.start),
         "verify": late / rates.writes + late / rates.hashes,
-        "manifest": _hashing_seconds(rests, rates),
+        "manifest": _hashing_seconds(_rests(plan.layout, last), rates),
     }
 
 
@@ -855,6 +850,13 @@ def _last_tensors(plan: RunPlan) -> set[str]:
         if layer.block == last:
             names.update(spec.name for spec in layer.packed(plan.packing))
     return names
+
+
+def _rests(layout: Layout, names: Container[str]) -> Iterator[int]:
+    """Yield the bytes of each shard from the first of the tensors `names` on."""
+    for shard in layout.shards:
+        starts = [offset for name, offset in shard.offsets.items() if name in names]
+        yield shard.size - min(starts, default=shard.size)
 
 
 def _hashing_seconds(files: Iterable[int], rates: Rates) -> float:

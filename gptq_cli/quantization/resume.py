@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from gptq_cli.checkpoint.defects import Defect
-from gptq_cli.checkpoint.headers import header_identity, scan_weights
+from gptq_cli.checkpoint.headers import WeightScan, header_identity, scan_weights
 from gptq_cli.checkpoint.model_files import MODELOPT_CONFIG, index_file
 from gptq_cli.checkpoint.source import Checkpoint
 from gptq_cli.checkpoint.verify import check_manifest, refuse_damaged
@@ -72,14 +72,16 @@ def identify(
     calibration_sha256: str,
     *,
     hashed: bool = True,
+    scan: WeightScan | None = None,
     report: Report = ignore,
 ) -> Identity:
     """Return the identity of a run; the paths of model and output are not part of it.
 
     The weights of a commit of the Hub are known by its hash; those of a directory are read and
-    hashed. If not `hashed`, another process on this machine does this, and the identity has no
-    "source". `report` gets the bytes read. Raises InputError E_CKPT_NONFINITE for weights of the
-    model or of an adapter that are not finite, E_SOURCE_CHANGED for files that have changed.
+    hashed, which `scan` may have begun. If not `hashed`, another process on this machine does this,
+    and the identity has no "source". `report` gets the bytes read. Raises InputError
+    E_CKPT_NONFINITE for weights of the model or of an adapter that are not finite,
+    E_SOURCE_CHANGED for files that have changed.
     """
     known: dict[str, Any] = {
         "versions": {
@@ -96,7 +98,7 @@ def identify(
         known["adapters"] = [adapter.identity() for adapter in source.adapters]
     if not hashed:
         return known
-    files = _files(source, commit, report)
+    files = _files(source, commit, scan, report)
     for adapter in source.adapters:
         scan_weights(adapter.tensors.values(), hashed=False)
     source.check_unchanged()
@@ -155,7 +157,9 @@ def _settings(config: QuantizeConfig) -> dict[str, Any]:
     return config.model_dump(mode="json", exclude=without_effect)
 
 
-def _files(source: Checkpoint, commit: str | None, report: Report) -> dict[str, Any]:
+def _files(
+    source: Checkpoint, commit: str | None, scan: WeightScan | None, report: Report
+) -> dict[str, Any]:
     """Return the hash of each file that is read; of a commit's shards, the hash of the header.
 
     Every weight is read here, unless it is downloaded later. Raises InputError E_CKPT_NONFINITE if
@@ -167,8 +171,7 @@ def _files(source: Checkpoint, commit: str | None, report: Report) -> dict[str, 
     hashed = [path for path in beside if is_file(path)]
     hashes = dict(zip(hashed, file_hashes(hashed), strict=True))
     if source.download is None:
-        count = ByteCount(report, source.nbytes)
-        hashes |= scan_weights(source.tensors.values(), hashed=commit is None, count=count)
+        hashes |= _weights(source, commit, scan, ByteCount(report, source.nbytes))
     known = {}
     for path, found in hashes.items():
         known[path.relative_to(source.directory).as_posix()] = found
@@ -178,6 +181,14 @@ def _files(source: Checkpoint, commit: str | None, report: Report) -> dict[str, 
     if commit:
         return known | _headers(source)
     return known
+
+
+def _weights(
+    source: Checkpoint, commit: str | None, scan: WeightScan | None, count: ByteCount
+) -> dict[Path, str]:
+    if scan is not None:
+        return scan.result(count)
+    return scan_weights(source.tensors.values(), hashed=commit is None, count=count)
 
 
 def _headers(source: Checkpoint) -> dict[str, str]:

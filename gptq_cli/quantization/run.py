@@ -190,6 +190,7 @@ def carry_out(
         device_errors(),
     ):
         report_device(worker.device, config.device, record, ranks.size)
+        settle_kernels = try_kernels(worker.device, config.base)
         refuse_wrong_numbers(source)
         stream = _open_stream(prepared, worker)
         for code, text in prepared.warnings:
@@ -197,7 +198,6 @@ def carry_out(
         for note in prepared.notes:
             record(PhaseStarted("layers", note))
         plan = _refine_plan(prepared, stream, record)
-        settle_kernels = try_kernels(worker.device, config.base)
         if work is not None:
             _check_room(work, plan, stream, config, worker)
         calibration = calibrate(source, config, record, ranks)
@@ -207,7 +207,14 @@ def carry_out(
         commit, sha256 = prepared.located.commit, calibration.windows.sha256
         settings, hashed = calibration.identifying(config), ranks.first_here
         identity = identify(
-            source, commit, settings, worker.device, sha256, hashed=hashed, report=record
+            source,
+            commit,
+            settings,
+            worker.device,
+            sha256,
+            hashed=hashed,
+            scan=prepared.scan,
+            report=record,
         )
         check_agreement(ranks, identity)
         settle_kernels(ranks, record)

@@ -152,21 +152,26 @@ def write_manifest(
     paths = [path for path in files_below(directory) if path.is_file() and path not in reports]
     total = sum(path.stat().st_size for path in paths)
     report(PhaseStarted("manifest", f"hashing {size(total)}"))
-    count = ByteCount(report, total)
-    growing = []
-    for path in paths:
-        growing.append((begun or {}).get(path) or GrowingHash(path))
+    files = {}
+    hashes = _continued(paths, begun or {}, ByteCount(report, total))
+    for path, found in zip(paths, hashes, strict=True):
+        name = path.relative_to(directory).as_posix()
+        files[name] = {"sha256": found, "size": path.stat().st_size}
+    write_json(directory / MANIFEST, sealed({"schema": SCHEMA, **content, "files": files}))
+
+
+def _continued(
+    paths: Iterable[Path], begun: Mapping[Path, GrowingHash], count: ByteCount
+) -> Iterator[str]:
+    """Yield the hash of each file, which may be begun; `count` gets the bytes of both parts."""
+    growing = [begun.get(path) or GrowingHash(path) for path in paths]
     count.passed(sum(known.end for known in growing))
 
     def work(known: GrowingHash, given_up: Event) -> str:
         known.grow(known.path.stat().st_size, given_up, count)
         return known.hexdigest()
 
-    files = {}
-    for path, found in zip(paths, in_threads(work, growing, count), strict=True):
-        name = path.relative_to(directory).as_posix()
-        files[name] = {"sha256": found, "size": path.stat().st_size}
-    write_json(directory / MANIFEST, sealed({"schema": SCHEMA, **content, "files": files}))
+    return in_threads(work, growing, count)
 
 
 def write_report_data(
@@ -304,14 +309,17 @@ def span_hashes(spans: Iterable[Span], count: ByteCount | None = None) -> Iterat
 
 
 def in_threads(
-    work: Callable[[Item, Event], Result], items: Iterable[Item], count: ByteCount
+    work: Callable[[Item, Event], Result],
+    items: Iterable[Item],
+    count: ByteCount,
+    given_up: Event | None = None,
 ) -> Iterator[Result]:
     """Yield `work(item, event)` for each item, in order; several run at a time.
 
-    `work` should return early once the event is set: nobody waits for its result any more. What it
-    adds to `count` is told in this thread.
+    `work` should return early once the event, which may be given, is set: nobody waits for its
+    result any more. What it adds to `count` is told in this thread.
     """
-    given_up = Event()
+    given_up = given_up or Event()
     with _threads() as threads:
         running: deque[Future[Result]] = deque()
         try:

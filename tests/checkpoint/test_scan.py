@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from threading import Event as Signal
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
 from gptq_cli.checkpoint import headers
-from gptq_cli.checkpoint.headers import is_finite, read_header, scan_weights
+from gptq_cli.checkpoint.headers import WeightScan, is_finite, read_header, scan_weights
 from gptq_cli.checkpoint.layout import TensorSpec, plan_layout
 from gptq_cli.checkpoint.writer import CheckpointWriter
 from gptq_cli.errors import InputError
-from gptq_cli.files import ByteCount
+from gptq_cli.files import ByteCount, BytesDone
 
 FLOATS = {
     "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64,
@@ -107,3 +108,47 @@ def test_the_writer_refuses_to_copy_numbers_that_are_not_finite(tmp_path: Path) 
     refused = pytest.raises(InputError, match=message)
     with CheckpointWriter(tmp_path / "out", layout) as writer, refused:
         writer.copy(read_header(file)["c"], ByteCount())
+
+
+def test_a_scan_in_a_thread_finds_the_same_hashes(tmp_path: Path) -> None:
+    first, second = two_shards(tmp_path)
+    tensors = [*read_header(first).values(), *read_header(second).values()]
+    total = sum(tensor.nbytes for tensor in tensors)
+    told: list[BytesDone] = []
+    with WeightScan(tensors, hashed=True) as scan:
+        for _ in range(2):  # both an allocation and its run ask
+            assert scan.result(ByteCount(told.append, total)) == scan_weights(tensors)
+            assert told[-1] == BytesDone(total, total)
+    with WeightScan(tensors, hashed=False) as scan:
+        assert scan.result(ByteCount()) == {}
+
+
+def test_a_scan_that_nobody_waits_for_ends_early(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given_up, read = Signal(), []
+    monkeypatch.setattr(headers, "Event", lambda: given_up)
+    monkeypatch.setattr(headers, "CHUNK_BYTES", 4)
+    first, _ = two_shards(tmp_path)
+    usual = headers.is_finite
+
+    def stay(chunk: bytes, dtype: str) -> bool:
+        read.append(chunk)
+        assert given_up.wait(60)
+        return usual(chunk, dtype)
+
+    monkeypatch.setattr(headers, "is_finite", stay)
+    with WeightScan(read_header(first).values(), hashed=True):
+        pass
+    assert len(read) <= 1
+
+
+def test_a_scan_in_a_thread_raises_for_the_caller(tmp_path: Path) -> None:
+    spoilt = torch.ones(4)
+    spoilt[3] = float("nan")
+    (_, file) = two_shards(tmp_path, c=spoilt)
+    refused = pytest.raises(InputError, match=r"`c` in 2\.safetensors holds NaN")
+    with WeightScan(read_header(file).values(), hashed=True) as scan, refused as caught:
+        scan.result(ByteCount())
+    assert (caught.value.code, caught.value.exit_code) == ("E_CKPT_NONFINITE", 3)
+    assert "download it again" in (caught.value.hint or "")

@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -177,6 +178,7 @@ def _plan_without_model(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checks, "open_checkpoint", opened)
     monkeypatch.setattr(checks, "plan_checkpoint", planned)
     monkeypatch.setattr(checks, "bounded", bounded)
+    monkeypatch.setattr(checks, "scanning", lambda prepared, **_: nullcontext(prepared))
 
 
 def stand_in(monkeypatch: pytest.MonkeyPatch, module: str, **functions: object) -> None:
