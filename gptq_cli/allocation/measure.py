@@ -15,7 +15,7 @@ the memory does not grow with the depth.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -76,12 +76,32 @@ class Copy:
         return self.state, self.passed_on
 
 
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """The predictions of the clean model, which serve all copies; `predicted` [w, length] count."""
+
+    log_p: Tensor  # [w, length, V]
+    p: Tensor
+    predicted: Tensor
+
+    @classmethod
+    def of(cls, log_p: Tensor, predicted: Tensor) -> Wanted:
+        """Return the predictions with these logarithms of probabilities."""
+        return cls(log_p, log_p.exp(), predicted.to(log_p.device))
+
+    def kl(self, log_q: Tensor) -> float:
+        """Return the sum of the KL of `log_q` [w, length, V], which this overwrites."""
+        difference = torch.sub(self.log_p, log_q, out=log_q)
+        of_tokens = difference.mul_(self.p).sum(-1)
+        return float(of_tokens[self.predicted].sum())
+
+
 class Measuring:
     """A measurement from the first block to the last.
 
     `run` has the plan in which every layer is rounded as for the measurement, and the calibration
-    batches. `probe` is text beside them, of which zeros behind its windows do not count. `limits`
-    end the measurement early, between two blocks.
+    batches, for which linears compute in `dtype`. `probe` is text beside them, of which zeros
+    behind its windows do not count. `limits` end the measurement early, between two blocks.
     """
 
     def __init__(
@@ -89,12 +109,13 @@ class Measuring:
         run: Run,
         units: Sequence[Unit],
         probe: Windows,
+        dtype: torch.dtype,
         report: Report = ignore,
         limits: Limits | None = None,
     ) -> None:
         self.run, self.units, self.probe, self.report = run, units, probe.ids, report
-        self._lengths = probe.lengths or (probe.ids.shape[1],) * len(probe.ids)
-        self._n_predicted = max(1, sum(self._lengths) - len(self._lengths))
+        self._dtype = dtype
+        self._predicted = _predicted(probe)
         self.stream, self.ranks = run.stream, run.ranks
         self.limits = limits or Limits(run.config)
         self.solver = LayerSolver(run)
@@ -165,10 +186,23 @@ class Measuring:
             hooks = []
             for stage in stages:
                 hooks.append((passage.called[stage.names[0]], noting(stage, number)))
-            with hooked(hooks):
+            with hooked(hooks), self._in_dtype(forwards.linears.values()):
                 output = forward()
             hidden[batch] = output
         return self._summed(sums)
+
+    @contextmanager
+    def _in_dtype(self, linears: Collection[nn.Module]) -> Iterator[None]:
+        """Let linears compute in the dtype of the run; all that is between them stays as it is."""
+        other = self._dtype != self.stream.dtype
+        casting = torch.autocast(self.stream.device.type, self._dtype, enabled=other)
+        for linear in linears:
+            linear.forward = _with(casting, linear.forward)
+        try:
+            yield
+        finally:
+            for linear in linears:
+                del linear.forward
 
     def _summed(self, sums: Mapping[Stage, HessianOfBatches | RoutedInputs]) -> Gathered:
         gathered: Gathered = {}
@@ -228,9 +262,9 @@ class Measuring:
         """Note the KL of every copy, and of the head if it is a unit."""
         head = self._round_head(hidden)
         with self.stream.head() as logits:
-            for window in range(len(self.probe)):
-                predict = partial(self._predict, logits, window)
-                wanted = predict(self.clean).float().log_softmax(-1)
+            for rows in self._windows_together():
+                predict = partial(self._predict, logits, rows)
+                wanted = Wanted.of(predict(self.clean), self._predicted[rows])
                 for number, copy in self.copies.items():
                     self._add_kl(self.units[number].name, wanted, predict(copy))
                 with _replaced(self.stream.output_linear, head):
@@ -249,25 +283,27 @@ class Measuring:
         (solved,) = self.solver.solve([[self.run.layers[HEAD]]], Inputs.of(inputs), self.ranks)
         return solved.quantized.dequantize(self.stream.dtype)
 
-    def _predict(
-        self, logits: Callable[[Tensor, State], Tensor], window: int, copy: Copy
-    ) -> Tensor:
-        """Return the logits [length, V] of one window of a copy, without those of padding."""
-        rows = slice(window, window + 1)
-        state = tree_map_only(Tensor, lambda tensor: tensor[rows], copy.state)
-        found = logits(self.probe[rows], _moved(state, self.stream.device))[0]
-        return found[: self._lengths[window]]
+    def _windows_together(self) -> Iterator[slice]:
+        """Yield the windows whose logits are in memory together: one, or a few short ones."""
+        n_windows, length = self.probe.shape
+        step = max(1, LONGEST_WINDOW // length)
+        for first in range(0, n_windows, step):
+            yield slice(first, first + step)
 
-    def _add_kl(self, name: str, wanted: Tensor, got: Tensor) -> None:
+    def _predict(
+        self, logits: Callable[[Tensor, State], Tensor], rows: slice, copy: Copy
+    ) -> Tensor:
+        """Return the logarithms of the probabilities [w, length, V] in some windows of a copy."""
+        state = tree_map_only(Tensor, lambda tensor: tensor[rows], copy.state)
+        found = logits(self.probe[rows], _moved(state, self.stream.device))
+        return found.float().log_softmax(-1)
+
+    def _add_kl(self, name: str, wanted: Wanted, got: Tensor) -> None:
         self.found.kl[name] = self.found.kl.get(name, 0.0) + self._share(wanted, got)
 
-    def _share(self, wanted: Tensor, got: Tensor) -> float:
-        """Return what one window adds to the mean KL of all predicted tokens.
-
-        `wanted` are log-probabilities, which serve all copies, and `got` logits.
-        """
-        log_p, log_q = wanted[:-1], got[:-1].float().log_softmax(-1)
-        return float((log_p.exp() * (log_p - log_q)).sum()) / self._n_predicted
+    def _share(self, wanted: Wanted, got: Tensor) -> float:
+        """Return what some windows add to the mean KL of all predicted tokens."""
+        return wanted.kl(got) / max(1, int(self._predicted.sum()))
 
     def _merge(self) -> None:
         """Take over what the other processes have measured."""
@@ -318,6 +354,25 @@ class Measuring:
         """Return the bytes of the hidden states of this process."""
         copies = [copy.state for copy in self.copies.values()]
         return hidden.nbytes + sum(int(tensor.nbytes) for tensor in tree_leaves(copies))
+
+
+def _predicted(probe: Windows) -> Tensor:
+    """Return which tokens [windows, length] predict a next one: neither the last nor padding."""
+    n_windows, length = probe.ids.shape
+    lengths = torch.tensor(probe.lengths or (length,) * n_windows)
+    return torch.arange(length) < lengths[:, None] - 1
+
+
+def _with(
+    casting: AbstractContextManager[Any], forward: Callable[[Tensor], Tensor]
+) -> Callable[[Tensor], Tensor]:
+    """Return the forward of a linear in a context; its outputs have the dtype of its inputs."""
+
+    def cast(inputs: Tensor) -> Tensor:
+        with casting:
+            return forward(inputs).to(inputs.dtype)
+
+    return cast
 
 
 @contextmanager

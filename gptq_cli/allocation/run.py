@@ -37,6 +37,7 @@ from gptq_cli.allocation.saved import (
 from gptq_cli.allocation.solution import Allocation, Allocator, unmeasured
 from gptq_cli.allocation.units import Unit, find_units
 from gptq_cli.calibration.windows import Windows, check_token_ids
+from gptq_cli.checkpoint.decoded import forward_dtype
 from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.config.serving import LOADS, Verdict
 from gptq_cli.errors import InputError, counted
@@ -50,6 +51,7 @@ from gptq_cli.quantization.run import Calibration, calibrate, request_of
 from gptq_cli.quantization.run_state import Limits, Record, Run, SavingTimes
 from gptq_cli.runtime.memory import Memory, device_errors
 from gptq_cli.runtime.open_model import (
+    DTYPES,
     open_stream,
     report_device,
     resolve_device,
@@ -59,7 +61,7 @@ from gptq_cli.runtime.ranks import SINGLE_PROCESS, Worker
 from gptq_cli.storage.manifest import ALLOCATION
 from gptq_cli.storage.work_directory import WorkDirectory, read_run, working_on, write_run
 
-REVISION = 4  # counted up if the same model gets another measurement
+REVISION = 5  # counted up if the same model gets another measurement
 LEAST_TOKENS = 8192  # of calibration, if the run has as many
 SHARE = 4  # the measurement takes a quarter of the windows, but not fewer tokens than these
 # Rounding for the measurement: quick, but with the order and the signs of the run itself
@@ -441,7 +443,8 @@ def _measuring(
     unlimited, record = Limits(config), Record(ignore)
     run = Run(config, _quickly(plan), stream, worker.team, batches, record, unlimited)
     limits = Limits(config, prepared.options.max_seconds)
-    return Measuring(run, units, probe, report, limits)
+    dtype = DTYPES[forward_dtype(prepared.plan.source, config.dtype)]
+    return Measuring(run, units, probe, dtype, report, limits)
 
 
 def _note_begun(

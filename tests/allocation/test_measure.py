@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from gptq_cli.allocation.harms import REFERENCE, Measurement
@@ -31,8 +31,9 @@ from gptq_cli.solver.solve import solve
 from gptq_cli.storage.manifest import sealed
 from tests.allocation.measuring import SIZES, figures, goal, measure
 from tests.allocation.processes import measure_together
+from tests.architectures import build
 from tests.disks import Killed
-from tests.families import save_model, texts
+from tests.families import save, save_model, texts
 from tests.runs import calibration_ids, config, digest
 
 
@@ -47,17 +48,31 @@ def probe_of(model: Path, n_units: int) -> Tensor:
     return calibration_ids(model, config(nsamples=windows, seqlen=length, batch_size=1, seed=1))
 
 
-def rounded(model: PreTrainedModel, batches: Sequence[Tensor], name: str) -> Tensor:
+def rounded(
+    model: PreTrainedModel,
+    batches: Sequence[Tensor],
+    name: str,
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
     """Return the weight of a linear as quick rounding leaves it, given inputs of the whole model.
 
-    The inputs are those of the unquantized model on `batches` of ids.
+    The inputs are those of the unquantized model on `batches` of ids, whose linears compute in
+    `dtype`.
     """
     linear = model.get_submodule(name)
     hessian = HessianAccumulator(linear.in_features, "cpu")
-    hook = linear.register_forward_pre_hook(lambda _, inputs: hessian.add(inputs[0]))
+    hooks = [linear.register_forward_pre_hook(lambda _, inputs: hessian.add(inputs[0]))]
+
+    def in_dtype(module: nn.Linear, inputs: tuple[Tensor], _: Tensor) -> Tensor:
+        return (inputs[0].to(dtype) @ module.weight.to(dtype).T).to(inputs[0].dtype)
+
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            hooks.append(module.register_forward_hook(in_dtype))
     for batch in batches:
         model(batch)
-    hook.remove()
+    for hook in hooks:
+        hook.remove()
     base = config(bits=REFERENCE, **QUICK).base
     assert isinstance(base, LayerConfig)
     factor = prepare(hessian.hessian, base, hessian.tokens)
@@ -102,6 +117,53 @@ def test_harms_are_those_of_the_whole_model(qwen3: Path, tmp_path: Path) -> None
     assert found["uniform"] == pytest.approx(harm(layers), rel=1e-3)
     total = sum(harms[REFERENCE] for harms in measured.harms)
     assert total == pytest.approx(found["uniform"])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("wanted", ["auto", "float32"])
+def test_calibration_alone_runs_in_16_bits(wanted: str, tmp_path: Path) -> None:
+    model = save_model(tmp_path / "model", "qwen3", dtype=torch.bfloat16)
+    dtype, other = torch.bfloat16, torch.float32
+    if wanted == "float32":
+        dtype, other = other, dtype
+    measured = measure(model, goal(dtype=wanted), tmp_path / "a.yaml")
+    found = figures(tmp_path / "a.yaml")["kl"]
+    whole = whole_model(model)
+    batches = calibration_ids(model, config(**SIZES)).split(SIZES["batch_size"])
+    probe = probe_of(model, len(measured.units))
+    units = measured.units[:7]
+
+    def harms(calibrated: torch.dtype) -> list[float]:
+        values = []
+        for unit in units:
+            weights = {name: rounded(whole, batches, name, calibrated) for name in unit.layers}
+            values.append(divergence(whole, probe, weights))
+        return values
+
+    assert [found[unit.name] for unit in units] == pytest.approx(harms(dtype), rel=1e-3)
+    assert harms(other) != pytest.approx(harms(dtype), rel=1e-3)
+
+
+def test_sums_beside_linears_keep_their_dtype(tmp_path: Path) -> None:
+    model = save(build("dbrx").bfloat16(), tmp_path / "model")  # adds outputs of experts in place
+    measured = measure(model, goal(moe_uncovered="rtn", unfit="keep"), tmp_path / "a.yaml")
+    assert len(measured.units) == 8
+    assert all(harms[2] > harms[4] > 0 for harms in measured.harms)
+
+
+@torch.no_grad()
+def test_long_windows_are_compared_one_by_one(tmp_path: Path) -> None:
+    model = save_model(tmp_path / "model", "qwen3", max_position_embeddings=256)
+    sizes = {"nsamples": 13, "seqlen": 256, "batch_size": 13}
+    measured = measure(model, goal(**sizes, target="sglang@0.5.19"), tmp_path / "a.yaml")
+    found = figures(tmp_path / "a.yaml")["kl"]
+    whole, batches = whole_model(model), [calibration_ids(model, config(**sizes))]
+    shape = probe_shape(13 * 256, len(measured.units), 256)
+    assert shape == (2, 138)  # 256 tokens are compared together at most
+    probe = calibration_ids(model, config(nsamples=2, seqlen=138, batch_size=1, seed=1))
+    for unit in measured.units[:2]:
+        weights = {name: rounded(whole, batches, name) for name in unit.layers}
+        assert found[unit.name] == pytest.approx(divergence(whole, probe, weights), rel=1e-3)
 
 
 @torch.no_grad()
