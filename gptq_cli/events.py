@@ -62,9 +62,8 @@ class LayerReport:
     divided by their number of weights. `fallback` is the reason if the layer was rounded to
     nearest: its inputs were not finite ("inputs"), its Hessian could not be factored ("hessian"),
     or it saw no tokens ("tokens"). Its errors are then those of the weights, with the identity as
-    H. `loss_ratio` tells how far the errors of a layer's outputs cancel: tr(G E H E') as a share of
-    what it would be if they had nothing to do with each other; None if the layer was rounded
-    without G.
+    H. `loss_ratio` tells what loss-aware rounding gains: tr(G E H E') as a share of what it would
+    be without it; None if the layer was rounded without gradients.
     """
 
     name: str

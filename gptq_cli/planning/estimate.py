@@ -515,8 +515,8 @@ def _solver_bytes(plan: RunPlan, bits: int, device: str) -> int:
     These are 2 float32 matrices [I, I], a Hessian and its factor, and 2 more with asymmetric
     calibration, the shifts of two halves of the text, with their drifts [O, I]; 3 float32 matrices
     and 2 of codes [rows of a part, I] while columns are rounded; the layer's weights and codes. A
-    loss-aware layer is one part, with its gradients, their factor and 3 float32 matrices [O, I] of
-    errors and products.
+    loss-aware layer is one part, with its gradients, damped and in order, and their factor, and 4
+    float32 matrices [O, I] of weights, errors and products.
     """
     most = 0
     for layer in plan.quantized:
@@ -524,7 +524,7 @@ def _solver_bytes(plan: RunPlan, bits: int, device: str) -> int:
         of_gradients = 0
         if layer.sums_gradients:
             rows = layer.out_features
-            of_gradients = (2 * rows**2 + 3 * layer.n_weights) * FLOAT
+            of_gradients = (4 * rows**2 + 4 * layer.n_weights) * FLOAT
         matrices = _solving_bytes(layer.in_features, rows, follows=plan.asymmetric)
         matrices += _drift_numbers(plan, layer) * FLOAT
         most = max(most, matrices + of_gradients + layer.n_weights * (bits // 8 + CODE))
@@ -638,8 +638,10 @@ def solve_cost(layer: LayerPlan, *, of_rows: bool = False) -> float:
         products -= PRODUCTS_WITH_SHIFTS
     cost = products * rows * columns**2
     if layer.sums_gradients:
-        # Feedback along rows, two products for the loss, and the factor of gradients
-        cost += rows * columns**2 + 1.5 * rows**2 * columns + factor_cost(rows)
+        # Rounding once more with feedback along rows, and two losses
+        cost += 2.5 * rows * columns**2 + 2.5 * rows**2 * columns + factor_cost(rows)
+        if layer.config.refine_sweeps:  # twice, with scales first, and the slopes along rows
+            cost += 4 * rows * columns**2 + 3 * rows**2 * columns
     return cost
 
 

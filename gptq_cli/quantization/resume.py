@@ -59,7 +59,7 @@ from gptq_cli.storage.work_directory import (
 )
 
 # A release that writes other bytes, or saves its work in another form, counts this up.
-REVISION = 8
+REVISION = 9
 
 Identity = dict[str, Any]
 

@@ -85,12 +85,12 @@ class Solution:
     @property
     def relative_error(self) -> float:
         """The error as a share of the energy; 0 for a layer whose output is always zero."""
-        return share(self.error, self.energy)
+        return _share(self.error, self.energy)
 
     @property
     def rtn_relative_error(self) -> float:
         """The error of round to nearest as a share of the energy."""
-        return share(self.rtn_error, self.energy)
+        return _share(self.rtn_error, self.energy)
 
     @property
     def sampled_rows(self) -> int | None:
@@ -121,8 +121,7 @@ def _solution(quantized: QuantizedLinear, found: Sequence[float], rtn_rows: int)
     return Solution(quantized, energy, error, rtn_error, rtn_rows, int(subnormal), int(smallest))
 
 
-def share(error: float, energy: float) -> float:
-    """Return error / energy, 0 if both are 0."""
+def _share(error: float, energy: float) -> float:
     if energy == 0:
         return 0.0
     return error / energy
@@ -173,6 +172,7 @@ def solve_together(
     if len(weights) > 1:
         rows = torch.cat(list(weights))
     quantized = quantize_rows(rows, hessian, factor, config, column_block=column_block)
+    check_decoded(quantized)
     parts, start = [], 0
     for weight in weights:
         parts.append(quantized.rows(slice(start, start + len(weight))))
@@ -189,19 +189,20 @@ def quantize_rows(
     config: LayerConfig,
     *,
     column_block: int = COLUMN_BLOCK,
+    grids: QuantizedLinear | None = None,
 ) -> QuantizedLinear:
     """Return what `solve` returns for the weight `rows` [O, I], without its errors.
 
-    The caller sets the precision of products. Raises ScaleRangeError.
+    If `grids` are given, columns are rounded to those of this layer. The caller sets the precision
+    of products and checks the decoded weights. Raises ScaleRangeError.
     """
-    rounding = _Rounding.of(rows, factor, config)
+    rounding = _Rounding.of(rows, factor, config, grids)
     for start, stop in rounding.blocks(column_block):
         rounding.codes[start:stop] = _round_block(rounding.block(start, stop), rounding.grid)
     quantized = rounding.result()
     if config.refine_sweeps:
         sweeps, signed = config.refine_sweeps, config.signed_scales
         quantized = refine(rows, hessian, factor, quantized, sweeps=sweeps, signed=signed)
-    check_decoded(quantized)
     return quantized
 
 
@@ -374,6 +375,13 @@ class _Grid:
             zeros = torch.empty_like(scales)
         return cls(scales, zeros, order.static_grid, group_size, config)
 
+    @classmethod
+    def known(cls, grids: QuantizedLinear, dtype: torch.dtype, config: LayerConfig) -> _Grid:
+        """Return the grids of a layer, which stay as they are."""
+        scales, zeros = grids.scales.T.to(dtype), grids.zeros.T.to(dtype)
+        group_size = config.columns_per_group(grids.codes.shape[1])
+        return cls(scales.contiguous(), zeros.contiguous(), True, group_size, config)
+
     @property
     def found_by_kernel(self) -> bool:
         """Whether one launch finds the min/max grid of a group when the group is reached."""
@@ -447,8 +455,17 @@ class _Rounding:
     inverses: Tensor | None  # [E, G, n, n], those of `_inverses` if a kernel finds the grids
 
     @classmethod
-    def of(cls, weight: Tensor, factor: HessianFactor, config: LayerConfig) -> _Rounding:
-        """Return the rounding of the weight [O, I] before its first column."""
+    def of(
+        cls,
+        weight: Tensor,
+        factor: HessianFactor,
+        config: LayerConfig,
+        grids: QuantizedLinear | None = None,
+    ) -> _Rounding:
+        """Return the rounding of the weight [O, I] before its first column.
+
+        If `grids` are given, they are those of a layer of this shape.
+        """
         dtype = torch.float32
         if weight.dtype == factor.R.dtype == torch.float64:
             dtype = torch.float64
@@ -456,7 +473,10 @@ class _Rounding:
         R = factor.R.to(dtype).view(-1, in_features, in_features)
         dead = factor.dead.view(len(R), 1, in_features)
         alive = weight.to(dtype).unflatten(0, (len(R), -1)).masked_fill(dead, 0).flatten(0, 1)
-        grid = _Grid.of(alive, factor, config)
+        if grids is None:
+            grid = _Grid.of(alive, factor, config)
+        else:
+            grid = _Grid.known(grids, dtype, config)
         permutation = factor.order.permutation.view(len(R), in_features)
         errors = reordered(alive.T, permutation)
         codes = torch.empty_like(errors, dtype=torch.uint8)

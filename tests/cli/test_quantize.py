@@ -270,7 +270,7 @@ def test_summary_and_log_tell_the_strengths_of_following(
     assert len(quantizer.calls) == 1
 
 
-def test_summary_and_log_tell_how_far_errors_cancel(
+def test_summary_and_log_tell_what_loss_aware_rounding_gains(
     gptq: Run, quantizer: FakeQuantizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usual = conftest.layer_report
@@ -280,7 +280,7 @@ def test_summary_and_log_tell_how_far_errors_cancel(
 
     monkeypatch.setattr(conftest, "layer_report", aware)
     result = gptq("quantize", "org/name", "-b", "4", "-v")
-    words = "loss   errors of outputs cancel to 0.62 of the expected loss, mean of 4 layers\n"
+    words = "loss   0.62 of the expected loss of rounding without gradients, mean of 4 layers\n"
     assert words in result.stdout
     assert "damp 0.1 loss x0.75 tokens 4096" in result.stderr
     assert len(quantizer.calls) == 1

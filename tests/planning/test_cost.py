@@ -124,11 +124,16 @@ def test_refinement_and_asymmetric_calibration_cost_more() -> None:
     assert estimate_seconds([followed], TEXT, 1, 0, ONE).forward == 2 * one_model
 
 
-def test_loss_aware_rounding_costs_feedback_along_rows_and_a_loss() -> None:
+def test_loss_aware_rounding_costs_a_second_solution_and_its_losses() -> None:
     aware = linear("a.o_proj", 16, 12, LayerConfig(loss_aware=True, refine_sweeps=4))
     plain = replace(aware, config=LayerConfig(refine_sweeps=4))
-    along_rows, loss = 0.5 * 16**2 * 12 + 16**3 / 6, 16 * 12**2 + 16**2 * 12
-    assert solve_cost(aware) == pytest.approx(solve_cost(plain) + along_rows + loss)
+    rounding = 0.5 * 16 * 12**2 + 0.5 * 16**2 * 12 + 16**3 / 6
+    losses = 2 * 16 * 12**2 + 2 * 16**2 * 12
+    refining = 2 * 2 * 16 * 12**2 + 3 * 16**2 * 12
+    assert solve_cost(aware) == pytest.approx(solve_cost(plain) + rounding + losses + refining)
+    unrefined = replace(aware, config=LayerConfig(loss_aware=True))
+    of_plain = solve_cost(replace(aware, config=LayerConfig()))
+    assert solve_cost(unrefined) == pytest.approx(of_plain + rounding + losses)
     wide = linear("a.up_proj", 36, 12, LayerConfig(loss_aware=True))
     assert solve_cost(wide) == solve_cost(replace(wide, config=LayerConfig()))
 
