@@ -124,7 +124,7 @@ def damping_of(energy: Tensor, config: LayerConfig, tokens: int | None) -> Tenso
     """Return the addition to the diagonal [I], for columns that are not dead."""
     if config.damp_mode == "mean":
         return config.damp_percent * energy.mean().expand_as(energy)
-    share = min(1.0, max(config.damp_percent, 0.5 * len(energy) / tokens))
+    share = min(1.0, max(config.damp_percent, 4 * len(energy) / tokens))
     return share * energy
 
 

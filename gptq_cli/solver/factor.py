@@ -122,8 +122,8 @@ def _group_aware(diagonal: Tensor) -> Tensor:
 
 
 DAMPING_STEP = 4.0
-# Few tokens measure correlations badly: if there is one token per column, diagonal damping is 1/2.
-COLUMNS_PER_TOKEN = 0.5
+# Few tokens measure correlations badly: with this many for each column, diagonal damping is 1.
+TOKENS_PER_COLUMN = 4
 # Smaller matrices on CUDA are factorised as one panel, by its library:
 BLOCKED_FROM = 8192
 # Share of the strength that two halves of the text support, for layers behind and for other text:
@@ -203,7 +203,7 @@ def prepare(
     """Return the column order of `config` and the factors of the damped Hessian [I, I].
 
     With `damp_mode` mean, λ = damp_percent * mean(diag H). With diagonal, λ_j = ρ H_jj, where
-    ρ = I / (2 tokens) within [damp_percent, 1]; `tokens` is the number of tokens that the Hessian
+    ρ = 4 I / tokens within [damp_percent, 1]; `tokens` is the number of tokens that the Hessian
     sums. If the factorisation fails, ρ is multiplied by 4 as long as it stays below 1 (diagonal: up
     to 1); `retries` counts the multiplications and `damp_percent` holds the value used. The Hessian
     itself is not changed.
@@ -310,7 +310,7 @@ def _first_dampings(
         tokens = [tokens]
     found = []
     for seen in tokens:
-        share = COLUMNS_PER_TOKEN * in_features / max(seen, 1)
+        share = TOKENS_PER_COLUMN * in_features / max(seen, 1)
         found.append(min(1.0, max(config.damp_percent, share)))
     return found
 

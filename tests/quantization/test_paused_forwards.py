@@ -280,6 +280,7 @@ def test_a_linear_called_twice_is_replayed_with_both_inputs(
         budget=PauseBudget(Memory(CPU), ignore),
         ranks=SINGLE_PROCESS,
         batches=states,
+        gradients=None,
         stream=SimpleNamespace(device=CPU),
     )
     with block_forwards(block, [hidden], solver.run) as forwards:

@@ -104,7 +104,7 @@ def test_hessian_stays_unchanged_if_damping_is_raised(order: str) -> None:
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize(
     ("tokens", "damp_percent", "share"),
-    [(480, 0.01, 0.05), (480, 0.2, 0.2), (40, 0.01, 0.6), (5, 0.01, 1), (0, 0.5, 1)],
+    [(480, 0.01, 0.4), (480, 0.5, 0.5), (240, 0.01, 0.8), (40, 0.01, 1), (0, 0.5, 1)],
 )
 def test_diagonal_damping_share_grows_with_fewer_tokens(
     tokens: int, damp_percent: float, share: float, order: str
@@ -137,7 +137,7 @@ def test_dead_and_nearly_dead_columns_get_diagonal_damping_too() -> None:
     hessian[7] *= 1e-12
     hessian[:, 7] *= 1e-12
     prepared = prepare(
-        hessian, layer_config("group aware", group_size=16, damp_mode="diagonal"), 48
+        hessian, layer_config("group aware", group_size=16, damp_mode="diagonal"), 384
     )
     assert prepared.dead.nonzero().flatten().tolist() == [5, 30]
     assert prepared.damping[[5, 30]].tolist() == [1.5, 1.5]
