@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from gptq_cli.errors import InputError
-from gptq_cli.events import BlocksDone, PhaseStarted
+from gptq_cli.events import BlocksDone, PhaseStarted, Report, Warned
 from gptq_cli.files import is_file
 from gptq_cli.models.block_calls import Call
 from gptq_cli.models.skeleton import place
@@ -61,7 +61,7 @@ def sum_gradients(run: Run, work: WorkDirectory | None, identity: Identity) -> N
         store = GradientStore(work.gradients, digest(identity))
     known = None
     if store is not None:
-        known = store.tokens()
+        known = store.tokens(run.report)
     pieces = pieces_of(run.batches)
     tokens = run.ranks.broadcast(known or 0)
     if tokens:
@@ -127,16 +127,30 @@ class GradientStore:
         self._seal = directory / SEAL
         self._hashes: dict[str, str] = {}
 
-    def tokens(self) -> int | None:
-        """Return the number of tokens in the sums if all are here and as they were written."""
-        found = read_sealed(self._seal)
-        if found is None or found.get("seed") != self._seed:
+    def tokens(self, report: Report) -> int | None:
+        """Return the number of tokens in the sums of an earlier call; None if there are none.
+
+        If complete sums are not as they were written, they count as none, and W_RESUME_DAMAGED is
+        reported.
+        """
+        if not is_file(self._seal):
             return None
-        for name, known in found["files"].items():
+        found = read_sealed(self._seal)
+        if found is not None and found.get("seed") != self._seed:
+            return None
+        if found is None or not self._are_intact(found["files"]):
+            text = f"the gradients in `{self._directory}` are not as they were written"
+            report(Warned("W_RESUME_DAMAGED", f"{text}: the run repeats the pass for them"))
+            return None
+        return int(found["tokens"])
+
+    def _are_intact(self, hashes: Mapping[str, str]) -> bool:
+        """Return True if each file is here with the hash that is known."""
+        for name, known in hashes.items():
             path = self._directory / name
             if not is_file(path) or file_hash(path) != known:
-                return None
-        return int(found["tokens"])
+                return False
+        return True
 
     def begin(self) -> None:
         """Discard what an earlier call has left."""

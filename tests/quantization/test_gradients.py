@@ -23,10 +23,11 @@ from gptq_cli.quantization.run import QuantizeResult, quantize_checkpoint
 from gptq_cli.runtime.ranks import Ranks
 from gptq_cli.solver.factor import HessianFactor, NotPositiveDefiniteError
 from gptq_cli.solver.hessian import LONGEST
+from gptq_cli.storage.work_directory import SEAL
 from tests.architectures import build
 from tests.disks import CountingDisk, Killed, using
 from tests.families import save, save_model
-from tests.runs import calibration_ids, config, digest, quantize
+from tests.runs import calibration_ids, config, digest, messages, quantize
 from tests.tiny import SMALL, WORK, Case, killer
 
 SETTINGS: dict[str, object] = {"loss_aware": True, "group_size": 16, "batch_size": 4}
@@ -414,8 +415,13 @@ def remove(work: Path) -> None:
     (work / "gradients" / "sums-0").unlink()
 
 
-@pytest.mark.parametrize("change", [damage, remove])
-def test_a_damaged_sum_is_summed_anew(
+def damage_seal(work: Path) -> None:
+    path = work / "gradients" / SEAL
+    path.write_bytes(path.read_bytes().replace(b"seed", b"deed"))
+
+
+@pytest.mark.parametrize("change", [damage, remove, damage_seal])
+def test_a_damaged_sum_is_reported_and_summed_anew(
     change: Callable[[Path], None], aware: LossAware, tmp_path: Path
 ) -> None:
     with pytest.raises(Killed):
@@ -423,6 +429,8 @@ def test_a_damaged_sum_is_summed_anew(
     change(tmp_path / WORK)
     events: list[Event] = []
     aware.run(tmp_path / "out", report=events.append)
+    (warned,) = messages(events, "W_RESUME_DAMAGED")
+    assert "the gradients in" in warned
     assert phases(events).count("gradients") == 2
     assert digest(tmp_path / "out") == aware.tree
 
