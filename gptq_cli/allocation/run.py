@@ -46,8 +46,8 @@ from gptq_cli.models.stream import ModelStream
 from gptq_cli.planning.checks import PreparedRun
 from gptq_cli.planning.plan import plan_checkpoint, refine_plan
 from gptq_cli.planning.run_plan import RunPlan, judge_plan
-from gptq_cli.quantization.resume import Identity, check_agreement, identify
-from gptq_cli.quantization.run import Calibration, calibrate, request_of
+from gptq_cli.quantization.resume import Identity
+from gptq_cli.quantization.run import Calibration, calibrate, identify_run, request_of
 from gptq_cli.quantization.run_state import Limits, Record, Run, SavingTimes
 from gptq_cli.runtime.memory import Memory, device_errors
 from gptq_cli.runtime.open_model import (
@@ -406,25 +406,12 @@ def _identify(
     report: Report,
 ) -> Identity:
     """Return everything that the measurement depends on; all processes agree about it."""
-    source, ranks = prepared.plan.source, worker.team
     report(PhaseStarted("source", f"identifying {prepared.located.name}"))
-    settings = calibration.identifying(at_width(prepared.config, reference))
-    sha256 = calibration.windows.sha256
-    commit, hashed = prepared.located.commit, ranks.first_here
-    identity = identify(
-        source,
-        commit,
-        settings,
-        worker.device,
-        sha256,
-        hashed=hashed,
-        scan=prepared.scan,
-        report=report,
+    config = at_width(prepared.config, reference)
+    fused = bool(fusing)
+    return identify_run(
+        prepared, calibration, config, worker, report, allocation=REVISION, fused_units=fused
     )
-    identity["allocation"] = REVISION
-    identity["fused_units"] = bool(fusing)
-    check_agreement(ranks, identity)
-    return identity
 
 
 def _measuring(

@@ -204,19 +204,7 @@ def carry_out(
         stream = _stream_for(calibration, stream, prepared, worker, record)
         check_token_ids(calibration.windows.ids, stream.vocabulary_rows)
         record(PhaseStarted("source", _how_read(source)))
-        commit, sha256 = prepared.located.commit, calibration.windows.sha256
-        settings, hashed = calibration.identifying(config), ranks.first_here
-        identity = identify(
-            source,
-            commit,
-            settings,
-            worker.device,
-            sha256,
-            hashed=hashed,
-            scan=prepared.scan,
-            report=record,
-        )
-        check_agreement(ranks, identity)
+        identity = identify_run(prepared, calibration, config, worker, record)
         settle_kernels(ranks, record)
         manifest = None
         if work is not None:
@@ -457,6 +445,33 @@ class Calibration:
         if self.template_sha256 is not None:
             known["chat_template"] = f"sha256 {self.template_sha256}"
         return config.model_copy(update=known)
+
+
+def identify_run(
+    prepared: PreparedRun,
+    calibration: Calibration,
+    config: QuantizeConfig,
+    worker: Worker,
+    report: Report,
+    **extra: Any,
+) -> Identity:
+    """Return the identity of a run with `config`, with the fields `extra` of its kind.
+
+    Raises what `identify` raises, and InputError E_RANK_MISMATCH if the processes do not agree.
+    """
+    identity = identify(
+        prepared.plan.source,
+        prepared.located.commit,
+        calibration.identifying(config),
+        worker.device,
+        calibration.windows.sha256,
+        hashed=worker.team.first_here,
+        scan=prepared.scan,
+        report=report,
+    )
+    identity |= extra
+    check_agreement(worker.team, identity)
+    return identity
 
 
 def calibrate(
