@@ -328,7 +328,7 @@ MODEL = [
     Case(28, "nan", broken(tensor(UP_PROJ, poisoned)), "E_CKPT_NONFINITE",
          "`model.layers.1.mlp.up_proj.weight` in model-0000", "download"),
     Case(28, "beyond", broken(tensor(UP_PROJ, lambda t: t * 1e9)), "E_CKPT_NONFINITE",
-         "`model.layers.1.mlp.up_proj` (block 1)", "--dynamic", begun=True),
+         "`model.layers.1.mlp.up_proj`", "--dynamic", begun=True),
     *(Case(28, f"kept {name}", broken(tensor(name, poisoned)), "E_CKPT_NONFINITE",
            f"`{name}` in model-0000",
            "download") for name in ("model.norm.weight", "model.embed_tokens.weight")),

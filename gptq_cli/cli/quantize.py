@@ -458,12 +458,12 @@ def _strength_lines(layers: Sequence[LayerReport]) -> list[str]:
 
 
 def _loss_lines(layers: Sequence[LayerReport]) -> list[str]:
-    """Return a line about what loss-aware rounding gained, if any layer was rounded so."""
+    """Return a line about what rounding with gradients gained, if any layer was rounded so."""
     ratios = [layer.loss_ratio for layer in layers if layer.loss_ratio is not None]
     if not ratios:
         return []
     mean = math.fsum(ratios) / len(ratios)
-    text = f"{mean:.2f} of the expected loss of rounding without gradients"
+    text = f"gradients lower the expected increase of the model's loss by {1 - mean:.0%}"
     return [f"loss   {text}, mean of {len(ratios)} layers"]
 
 

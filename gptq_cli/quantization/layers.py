@@ -353,7 +353,7 @@ class LayerSolver:
     def _warn_of_inputs(self, solved: SolvedLayer) -> None:
         """Warn if the layer was rounded to nearest, or of its inputs' number and range."""
         layer, report = solved.layer, solved.report
-        name = _where(layer)
+        name = f"layer `{layer.name}`"
         if report.fallback == "inputs":
             why = f"its inputs hold NaN or infinity{solved.windows}"
             self._warn("W_NUM_FALLBACK", f"{name} was rounded to nearest: {why}")
@@ -381,7 +381,7 @@ class LayerSolver:
         subnormal, smallest = solved.subnormal, solved.smallest
         if not subnormal:
             return
-        small = f"{_where(layer)} has so small weights that"
+        small = f"layer `{layer.name}` has so small weights that"
         if smallest > LOST_SHARE * n_scales:
             self._lost = layer.name
             lost = (
@@ -543,10 +543,6 @@ def row_parts(layers: Sequence[LayerPlan], most: int) -> list[list[Rows]]:
     return parts
 
 
-def _where(layer: LayerPlan) -> str:
-    return f"layer `{layer.name}` (block {layer.block})"
-
-
 @contextmanager
 def located(
     together: Sequence[LayerPlan], rows: Sequence[int] = (), windows: Callable[[int], str] = str
@@ -563,7 +559,7 @@ def located(
         expert = error.experts[0]
         raise GateError(
             "E_NUM_ACT",
-            f"{_where(together[expert])}: its inputs hold NaN or infinity{windows(expert)}",
+            f"layer `{together[expert].name}`: its inputs hold NaN or infinity{windows(expert)}",
             hint="run the model in float32: --dtype float32, "
             "or round such layers: --on-numeric-fault rtn",
         ) from error
@@ -572,7 +568,7 @@ def located(
         keep = f"keep it: {keeping([layer.name]).option}"
         raise GateError(
             "E_NUM_HESSIAN",
-            f"{_where(layer)}: {error}",
+            f"layer `{layer.name}`: {error}",
             hint=f"use more calibration text, or {keep}, or --on-numeric-fault rtn",
         ) from error
     except ScaleRangeError as error:
@@ -581,6 +577,6 @@ def located(
         keep = keeping([owner.name]).option
         raise InputError(
             "E_CKPT_NONFINITE",
-            f"{_where(owner)}: its weights are not finite or beyond the range of float16",
+            f"layer `{owner.name}`: its weights are not finite or beyond the range of float16",
             hint=f"keep the layer: {keep}; if it is not finite, download the checkpoint again",
         ) from error

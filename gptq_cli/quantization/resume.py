@@ -275,14 +275,14 @@ class BlockStore:
             self._warn(f"the last {self._journal.damaged_bytes} bytes of the journal are not valid")
         intact = self._n_intact(entries)
         if intact < len(entries):
-            self._warn(f"block {_n_blocks(entries[:intact])} is not as it was written")
+            self._warn(f"block {_n_blocks(entries[:intact]) + 1} is not as it was written")
         kept = intact
         # After the last step no hidden states are needed.
         while 0 < _n_blocks(entries[:kept]) < self._n_steps and not self._has_hidden(kept - 1):
             kept -= 1
         if kept < intact:
-            last = entries[intact - 1]["block"]
-            self._warn(f"the hidden states after block {last} are not as they were written")
+            saved = _n_blocks(entries[:intact])
+            self._warn(f"the hidden states after block {saved} are not as they were written")
         for entry in entries[:kept]:
             self._writer.mark_written(entry["tensors"])
         self._journal.cut(kept)
@@ -309,6 +309,7 @@ class BlockStore:
         return is_file(path) and file_hash(path) == self._journal.entries[save]["hidden"]
 
     def _warn(self, what: str) -> None:
+        """Warn of damage; like the progress, it counts blocks from 1."""
         text = f"{what} in `{self._work.path}`: the run repeats what depends on it"
         self._record(Warned("W_RESUME_DAMAGED", text))
 

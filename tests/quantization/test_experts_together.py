@@ -175,7 +175,7 @@ def test_a_faulty_expert_among_others_is_named_and_rounded_as_alone(
     at_once(monkeypatch, N_EXPERTS)
     error = error_of(model, tmp_path / "together", **PLAIN)
     assert (str(error), error.code, error.hint) == (str(apart), apart.code, apart.hint)
-    assert str(error).startswith(f"layer `{faulty}` (block 0): ")
+    assert str(error).startswith(f"layer `{faulty}`: ")
     results = []
     for number in (1, N_EXPERTS):
         at_once(monkeypatch, number)
@@ -207,4 +207,4 @@ def test_an_expert_with_weights_that_are_not_finite_is_named_among_others(
     at_once(monkeypatch, N_EXPERTS)
     error = error_of(model, tmp_path / "out", preset="balanced")
     assert (error.code, error.exit_code) == ("E_CKPT_NONFINITE", 3)
-    assert str(error).startswith(f"layer `{faulty}` (block 0): its weights are not finite")
+    assert str(error).startswith(f"layer `{faulty}`: its weights are not finite")

@@ -87,10 +87,7 @@ def test_an_error_names_the_first_window_with_infinite_inputs(
     first = windows[0] // batch_size * batch_size + 1
     last = min(first + batch_size - 1, 10)
     where = f"in window {first}" if batch_size == 1 else f"in one of the windows {first} to {last}"
-    assert (
-        str(caught.value)
-        == f"layer `{BROKEN}` (block 1): its inputs hold NaN or infinity, first {where}"
-    )
+    assert str(caught.value) == f"layer `{BROKEN}`: its inputs hold NaN or infinity, first {where}"
     assert (caught.value.code, caught.value.exit_code) == ("E_NUM_ACT", 4)
     assert "--on-numeric-fault rtn" in (caught.value.hint or "")
 
@@ -159,7 +156,7 @@ def test_rtn_rounds_layers_whose_hessian_has_no_factor(
     model = save_model(tmp_path / "model", hidden_size=64, intermediate_size=96)
     refusing(monkeypatch, 96)
     with pytest.raises(
-        GateError, match=r"`model\.layers\.0\.mlp\.down_proj` \(block 0\).*damp_percent 0\.4"
+        GateError, match=r"`model\.layers\.0\.mlp\.down_proj`.*damp_percent 0\.4"
     ) as caught:
         run(model, tmp_path / "out")
     assert (caught.value.code, caught.value.exit_code) == ("E_NUM_HESSIAN", 4)
@@ -223,7 +220,7 @@ def test_fewer_tokens_than_inputs_cause_one_warning(tmp_path: Path) -> None:
     model = save_model(tmp_path / "model")
     _, events = run(model, tmp_path / "out", nsamples=3, seqlen=16, batch_size=1)
     assert messages(events, "W_NUM_TOKENS") == [
-        "layer `model.layers.0.self_attn.q_proj` (block 0) saw 48 calibration tokens "
+        "layer `model.layers.0.self_attn.q_proj` saw 48 calibration tokens "
         "for 64 inputs; others may have as few"
     ]
 
