@@ -142,9 +142,12 @@ class BlockFinished:
 
 @dataclass(frozen=True, slots=True)
 class BlocksDone:
-    """The present phase has passed `done` of `total` blocks, which it does not quantize."""
+    """The present phase has passed `done` of `total` blocks, which it does not quantize.
 
-    done: int
+    A part of a block counts as this part.
+    """
+
+    done: float
     total: int
 
 

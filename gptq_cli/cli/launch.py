@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 import typer
 
@@ -56,10 +56,7 @@ def stoppable(console: Console) -> Iterator[None]:
     """
 
     def end_at_once(number: int, _frame: FrameType | None) -> None:
-        if sys.stderr is not None and sys.stderr.isatty():
-            sys.stderr.write(SHOW_CURSOR)
-            sys.stderr.flush()
-        os._exit(128 + number)
+        _exit_now(128 + number)
 
     def end(number: int, _frame: FrameType | None) -> None:
         for other in taken:
@@ -70,6 +67,16 @@ def stoppable(console: Console) -> Iterator[None]:
 
     with handled(end) as taken:
         yield
+
+
+def _exit_now(code: int) -> NoReturn:
+    """End the process at any line of any thread; the terminal gets its cursor back."""
+    try:
+        if sys.stderr is not None and sys.stderr.isatty():
+            sys.stderr.write(SHOW_CURSOR)
+            sys.stderr.flush()
+    finally:
+        os._exit(code)
 
 
 def name_of(exit_code: int) -> str:
@@ -142,9 +149,11 @@ def joined_worker(device: str, devices: list[str], *, as_json: bool) -> Iterator
     from gptq_cli.runtime.torchrun import ReportedByAnotherRank, joined
 
     def end(error: ResourceError | None) -> None:
-        if error is not None:
-            _report(error, as_json)
-        os._exit(ResourceError.exit_code)
+        try:
+            if error is not None:
+                _report(error, as_json)
+        finally:
+            _exit_now(ResourceError.exit_code)
 
     try:
         with joined(device, devices, end) as worker:

@@ -59,13 +59,13 @@ class _Step:
     def advance(self, event: BytesDone | BlocksDone, now: float) -> bool:
         """Note the count; return whether a log gets a line: a tenth is done, the last is old."""
         left = (now - self.began) * (event.total - event.done) / event.done
-        percent = 100 * event.done // event.total
+        percent = int(100 * event.done / event.total)
         self.count = event
         whole = size(event.total)
         if isinstance(event, BlocksDone):
             whole = counted(event.total, "block")
         self.state = f"{percent} % of {whole}, {clock(left)} left"
-        tenths = TENTHS * event.done // event.total
+        tenths = int(TENTHS * event.done / event.total)
         if tenths == self.tenths or now - self.spoke < APART:
             return False
         self.tenths, self.spoke = tenths, now
@@ -235,14 +235,14 @@ class Progress:
             lines.append(f"memory {self._memory}")
         return "\n".join(lines)
 
-    def _bar(self, start: str, done: int, total: int, end: str) -> str:
+    def _bar(self, start: str, done: float, total: int, end: str) -> str:
         """Return a line with a bar, which is shorter on a terminal with few columns."""
         cells = BAR
         if self._live:
             cells = min(BAR, self._live.console.width - len(f"{start}  {end}"))
         if cells <= 0:
             return f"{start} {end}"
-        bar = ("█" * (cells * done // total)).ljust(cells, "░")
+        bar = ("█" * int(cells * done / total)).ljust(cells, "░")
         return f"{start} {bar} {end}"
 
 

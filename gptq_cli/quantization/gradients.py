@@ -24,7 +24,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +47,7 @@ from gptq_cli.storage.durable import make_directory, remove, write_json
 from gptq_cli.storage.manifest import digest, file_hash, read_sealed, sealed
 from gptq_cli.storage.work_directory import SEAL, WorkDirectory
 
+Item = TypeVar("Item")
 WITHOUT = "leave out loss_aware (--no-loss-aware)"
 
 
@@ -241,6 +242,7 @@ class _Pass:
         self.pieces = pieces[self.share.start : self.share.stop]
         earlier = pieces[: self.share.start]
         self.first_token = sum(token_ids(piece).numel() for piece in earlier)
+        self.n_backward = self.stream.n_blocks + 1  # the output head counts as a block
 
     def carry_out(self, tokens: int) -> None:
         """Sum the gradients of `tokens` tokens in all processes and write the sums."""
@@ -252,10 +254,9 @@ class _Pass:
         self.run.report(PhaseStarted("gradients", f"{words} backward"))
         gradients = self._at_the_end(states, tokens)
         del states
-        for done, index in enumerate(reversed(range(self.stream.n_blocks)), 1):
+        for index in reversed(range(self.stream.n_blocks)):
             self._check_limits()
             gradients = self._backward(index, gradients)
-            self.run.report(BlocksDone(done, self.stream.n_blocks))
         if self.store is not None:
             self.store.finish(tokens)
 
@@ -276,10 +277,22 @@ class _Pass:
             if self.store is not None:
                 self.store.save_states(index, gathered)
             with self._block(index, index + 1) as block:
-                for number, state in enumerate(states):
+                for number, state in self._counted(states, index, self.stream.n_blocks):
                     states[number] = _hidden(block.run(number, state))
-            self.run.report(BlocksDone(index + 1, self.stream.n_blocks))
         return states
+
+    def _counted(
+        self, items: Sequence[Item], done: int, n_blocks: int
+    ) -> Iterator[tuple[int, Item]]:
+        """Yield the items of a block with their numbers, and report each that was worked on.
+
+        `done` of `n_blocks` blocks were passed before this one.
+        """
+        for number, item in enumerate(items):
+            yield number, item
+            self.run.report(BlocksDone(done + (number + 1) / len(items), n_blocks))
+        if not items:  # other processes have them
+            self.run.report(BlocksDone(done + 1, n_blocks))
 
     def _at_the_end(self, states: Sequence[Tensor], tokens: int) -> list[Tensor]:
         """Return the gradient at the hidden states after the last block, for labels drawn there."""
@@ -291,7 +304,7 @@ class _Pass:
             return gradients
         n_tokens = max(1, LOGITS_AT_ONCE // self.stream.vocabulary_rows)
         with self.stream.head() as logits, _differentiating("the output head"):
-            for state in states:
+            for _, state in self._counted(states, 0, self.n_backward):
                 rows = state.flatten(0, 1)
                 own, drawn = drawn.split([len(rows), len(drawn) - len(rows)])
                 found = []
@@ -309,8 +322,9 @@ class _Pass:
         layers = [layer for layer in self.run.plan.loss_aware if layer.block == index]
         names, sums = [layer.name for layer in layers], self._nothing_summed(layers)
         before, energies = [], []
+        done, pairs = self.stream.n_blocks - index, list(zip(states, gradients, strict=True))
         with self._block(index, index - 1) as block:
-            for number, (state, gradient) in enumerate(zip(states, gradients, strict=True)):
+            for number, (state, gradient) in self._counted(pairs, done, self.n_backward):
                 state = state.to(self.stream.device)
                 with _differentiating(f"`{self.stream.block_name(index)}`"):
                     found, own = differentiate(block, number, state, gradient, names)

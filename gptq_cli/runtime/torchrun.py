@@ -32,6 +32,7 @@ WAIT = timedelta(days=7)
 MEETING_TIME = timedelta(minutes=15)  # for others that download the model, or start later
 SIGN_SECONDS = 5.0  # between two signs of life
 MISSING_SECONDS = 45.0  # without a sign of life, after which a process counts as gone
+LAUNCHER_SECONDS = 0.1  # between two looks whether the launcher is still there
 PATIENCE = 5.0  # seconds in which a process that has to end reports that it does
 HERE, CLAIMED, ENDED, ALIVE = "gptq/here", "gptq/claimed", "gptq/ended", "gptq/alive"
 BACKENDS = {"cuda": "cpu:gloo,cuda:nccl", "cpu": "gloo"}  # by the type of the device
@@ -50,9 +51,9 @@ def joined(device: str, devices: Sequence[str], lost: Lost) -> Iterator[Worker]:
 
     The worker is alone unless the environment names other processes. An error in the body is raised
     again in one process, and ReportedByAnotherRank in the others. If a process disappears while
-    this one waits for it, a thread calls `lost` with the error to show, or None; `lost` must end
-    this process. Raises ConfigError E_CFG_CONFLICT if the number of `devices` is not that of the
-    processes, or if there is one device for several processes.
+    this one waits for it, or if the launcher does, a thread calls `lost`, which must end this
+    process, with the error to show or None. Raises ConfigError E_CFG_CONFLICT if the number of
+    `devices` is not that of the processes, or if there is one device for several processes.
     """
     size, local = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
@@ -63,7 +64,7 @@ def joined(device: str, devices: Sequence[str], lost: Lost) -> Iterator[Worker]:
     if own.type == "cuda":
         torch.cuda.set_device(own)
     if LAUNCHER in os.environ:
-        threading.Thread(target=_end_with_launcher, daemon=True).start()
+        threading.Thread(target=_end_with_launcher, args=(lost,), daemon=True).start()
     store: Any = _meet()
     dist.init_process_group(
         BACKENDS[own.type],
@@ -86,13 +87,21 @@ def joined(device: str, devices: Sequence[str], lost: Lost) -> Iterator[Worker]:
     dist.destroy_process_group()
 
 
-def _end_with_launcher() -> None:
-    """End this process when its launcher is gone, because nobody else could end it."""
+def _end_with_launcher(lost: Lost) -> None:
+    """End this process at once when its launcher is gone, because nobody else could end it.
+
+    A rerun that follows needs the lock, so no work is finished first. The first process reports.
+    """
     while not launcher_is_gone():
-        time.sleep(SIGN_SECONDS)
-    os.kill(os.getpid(), signal.SIGTERM)
-    time.sleep(PATIENCE)
-    os._exit(128 + signal.SIGTERM)  # a main thread that waits inside a library sees no signal
+        time.sleep(LAUNCHER_SECONDS)
+    error = None
+    if os.environ["RANK"] == "0":
+        error = ResourceError(
+            "E_RANK_LOST",
+            f"the process that started this run, {os.environ[LAUNCHER]}, was killed",
+            hint="the same command resumes after the last finished block",
+        )
+    lost(error)
 
 
 def _meet() -> Any:
@@ -105,7 +114,7 @@ def _meet() -> Any:
     store.set(f"{HERE}/{rank}", socket.gethostname())
     end = time.monotonic() + MEETING_TIME.total_seconds()
     while missing := [other for other in range(size) if not store.check([f"{HERE}/{other}"])]:
-        if time.monotonic() > end or launcher_is_gone():
+        if time.monotonic() > end:
             raise rank_lost(missing, size)
         time.sleep(0.05)  # a signal ends this wait, but not the store's own
     return store

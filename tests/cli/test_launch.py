@@ -22,6 +22,7 @@ from gptq_cli.cli.launch import parse_devices
 from gptq_cli.errors import ConfigError, InputError, ResourceError
 from gptq_cli.quantization.run import quantize_checkpoint
 from gptq_cli.runtime import torchrun
+from gptq_cli.runtime.processes import LAUNCHER
 from gptq_cli.runtime.torchrun import rank_lost
 from tests.disks import Killed
 from tests.families import save_model, text_file
@@ -178,6 +179,24 @@ def test_a_lost_process_is_named_with_a_hint() -> None:
     assert error.hint.endswith("the same command resumes after the last finished block")
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_process_ends_with_its_launcher_and_the_first_one_reports(
+    rank: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ended: list[ResourceError | None] = []
+    monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setenv(LAUNCHER, "4711")  # which is not the parent of this process
+    torchrun._end_with_launcher(ended.append)
+    (error,) = ended
+    if rank:
+        assert error is None
+        return
+    assert error is not None
+    assert str(error) == "the process that started this run, 4711, was killed"
+    assert (error.code, error.exit_code) == ("E_RANK_LOST", 5)
+    assert error.hint == "the same command resumes after the last finished block"
+
+
 def test_a_muted_process_prints_nothing(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     log.muted = True
     try:
@@ -315,7 +334,7 @@ def listening(process: psutil.Process) -> set[str]:
 
 
 @pytest.mark.slow
-def test_processes_end_if_their_parent_is_killed(tmp_path: Path) -> None:
+def test_a_rerun_finds_the_output_free_if_the_launcher_is_killed(tmp_path: Path) -> None:
     # With so many blocks the run is still going when its processes look for their parent.
     model = save_model(tmp_path / "model", num_hidden_layers=48)
     recipe = write_recipe(tmp_path / "recipe.yaml", nsamples=100, batch_size=1)
@@ -324,9 +343,15 @@ def test_processes_end_if_their_parent_is_killed(tmp_path: Path) -> None:
     wait_for_a_finished_block(run, journal)
     assert len(psutil.Process(run.pid).children()) == 2
     run.kill()
+    again = start(model, recipe, "--devices", "cpu:2", "--max-runtime", "1s")
     _, stderr = run.communicate(timeout=120)  # ends when no process can write to the pipe
-    assert stderr.count("stopped by SIGTERM\n") == 1, stderr
+    killed = f"error[E_RANK_LOST]: the process that started this run, {run.pid}, was killed\n"
+    assert stderr.count(killed) == 1, stderr
+    assert stderr.count("error[") == 1, stderr
     assert journal.exists()
+    _, stderr = again.communicate(timeout=120)
+    assert again.returncode == 75, stderr
+    assert "resuming after" in stderr
 
 
 @pytest.mark.slow

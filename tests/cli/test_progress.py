@@ -104,6 +104,22 @@ def test_a_log_gets_a_line_for_each_tenth_of_the_blocks_of_a_pass(
     assert len(lines) == 11
 
 
+def test_a_part_of_a_block_counts_in_the_progress_of_a_pass(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    now = [0.0]
+    progress = Progress(Console(), now=lambda: now[0])
+    progress(PhaseStarted("gradients", "16,384 tokens backward"))
+    for done in (0.5, 0.75):
+        now[0] += 60
+        progress(BlocksDone(done, 2))
+    assert capsys.readouterr().err.splitlines()[1:] == [
+        "gradients: 25 % of 2 blocks, 0:03:00 left",
+        "gradients: 37 % of 2 blocks, 0:03:20 left",
+    ]
+    assert progress._view().startswith("gradients █████████░░░░░░░░░░░░░░░ 37 % of 2 blocks")
+
+
 @pytest.mark.parametrize(("seconds", "n_lines"), [(0.9 * APART, 0), (3.1 * APART, 3)])
 def test_lines_about_bytes_are_at_least_a_second_apart(
     seconds: float, n_lines: int, capsys: pytest.CaptureFixture[str]

@@ -446,11 +446,15 @@ def test_gradients_of_another_run_are_not_used(
     assert phases(events).count("gradients") == 2
 
 
-def test_each_block_of_the_pass_is_reported_twice(aware: LossAware, tmp_path: Path) -> None:
+def test_each_piece_is_reported_in_each_block_forward_and_in_head_and_blocks_backward(
+    aware: LossAware, tmp_path: Path
+) -> None:
     events: list[Event] = []
-    aware.run(tmp_path / "out", report=events.append)
+    aware.run(tmp_path / "out", report=events.append, nsamples=2, batch_size=1)  # two pieces
     passed = [event for event in events if isinstance(event, BlocksDone)]
-    assert passed == [BlocksDone(1, 2), BlocksDone(2, 2)] * 2
+    forward = [BlocksDone(done, 2) for done in (0.5, 1, 1.5, 2)]
+    backward = [BlocksDone(done, 3) for done in (0.5, 1, 1.5, 2, 2.5, 3)]
+    assert passed == [*forward, *backward]
 
 
 def test_the_pass_ends_when_the_time_is_over(aware: LossAware, tmp_path: Path) -> None:
