@@ -120,13 +120,17 @@ def quantize(
         start = starting_config(goal)
     output = Path(output or default_output(str(model), goal, start, revision))
     with scanning(prepare_run(str(model), output, start, options)) as prepared:
+        from gptq_cli.runtime.device import with_kernels
+
+        worker = with_kernels(None, prepared.config)
+        # This imports transformers, while kernels compile.
+        from gptq_cli.quantization.run import carry_out
+
         if goal.allocates:
             from gptq_cli.allocation.run import allocate_run
 
-            prepared, _, _ = allocate_run(prepared, goal, on_event)
-        from gptq_cli.quantization.run import carry_out
-
-        result = carry_out(prepared, on_event)
+            prepared, _, _ = allocate_run(prepared, goal, on_event, worker)
+        result = carry_out(prepared, on_event, worker)
     write_report_data(prepared.output, result.to_json(), command)
     if report:
         write_page(prepared.output, prepared.output / REPORT_PAGE)

@@ -394,7 +394,8 @@ def _measured_seconds(plan: RunPlan, config: QuantizeConfig, devices: int) -> Se
 
     Raise ConfigError E_CFG_CONFLICT for several devices.
     """
-    from gptq_cli.runtime.open_model import DTYPES, resolve_device
+    from gptq_cli.runtime.device import resolve_device
+    from gptq_cli.runtime.open_model import DTYPES
     from gptq_cli.runtime.rates import measure_rates
 
     if devices > 1:

@@ -49,15 +49,10 @@ from gptq_cli.planning.run_plan import RunPlan, judge_plan
 from gptq_cli.quantization.resume import Identity
 from gptq_cli.quantization.run import Calibration, calibrate, identify_run, request_of
 from gptq_cli.quantization.run_state import Limits, Record, Run, SavingTimes
+from gptq_cli.runtime.device import report_device, settle_kernels, with_kernels
 from gptq_cli.runtime.memory import Memory, device_errors
-from gptq_cli.runtime.open_model import (
-    DTYPES,
-    open_stream,
-    report_device,
-    resolve_device,
-    try_kernels,
-)
-from gptq_cli.runtime.ranks import SINGLE_PROCESS, Worker
+from gptq_cli.runtime.open_model import DTYPES, open_stream
+from gptq_cli.runtime.ranks import Worker
 from gptq_cli.storage.manifest import ALLOCATION
 from gptq_cli.storage.work_directory import WorkDirectory, read_run, working_on, write_run
 
@@ -186,7 +181,7 @@ def measure_model(
     """
     started = time.perf_counter()
     widths = allowed_bits(goal)
-    worker = worker or Worker(SINGLE_PROCESS, resolve_device(goal.device))
+    worker = with_kernels(worker, prepared.config)
     with (
         _work_directory(prepared, worker, place, report) as work,
         torch.inference_mode(),
@@ -197,7 +192,6 @@ def measure_model(
             for code, text in prepared.warnings:
                 report(Warned(code, text))
         stream = _open(prepared, worker)
-        settle_kernels = try_kernels(worker.device, prepared.config.base)
         plan_of = partial(_plan, prepared, stream)
         plans = {width: plan_of(at_width(prepared.config, width)) for width in widths}
         fusing = fusing_engines(goal)
@@ -207,7 +201,7 @@ def measure_model(
         check_token_ids(calibration.windows.ids, stream.vocabulary_rows)
         reference = reference_width(widths)
         identity = _identify(prepared, calibration, reference, fusing, worker, report)
-        settle_kernels(worker.team, report)
+        settle_kernels(worker, report)
         kept = Kept.of(prepared, place, work, identity)
         names = [unit.name for unit in units]
         measured = worker.team.broadcast([kept.read(names, report)])[0]
@@ -246,7 +240,7 @@ def allocate_run(
     the run. The output will hold the measurement with the frontier and the choice. Raises what
     `measure_model` and `MeasuredModel.choose` raise.
     """
-    worker = worker or Worker(SINGLE_PROCESS, resolve_device(goal.device))
+    worker = with_kernels(worker, prepared.config)
     place = Place.of_output(prepared.output)
     measured = measure_model(prepared, goal, report, worker, place)
     chosen = measured.choose(goal)

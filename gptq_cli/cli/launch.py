@@ -140,7 +140,7 @@ def joined_worker(device: str, devices: list[str], *, as_json: bool) -> Iterator
     only one reports an error that ends the run.
     """
     if not devices and not OF_TORCHRUN & os.environ.keys():
-        from gptq_cli.runtime.open_model import resolve_device
+        from gptq_cli.runtime.device import resolve_device
         from gptq_cli.runtime.ranks import SINGLE_PROCESS, Worker
 
         yield Worker(SINGLE_PROCESS, resolve_device(device))
@@ -172,7 +172,7 @@ def launch(devices: list[str], *, as_json: bool, directory: Path) -> int:
     Each process reports its own errors; only a killed one is reported here. Raise InputError
     E_DEVICE for a device that is not there.
     """
-    from gptq_cli.runtime.open_model import resolve_device
+    from gptq_cli.runtime.device import resolve_device
     from gptq_cli.runtime.processes import Processes, local_environment
 
     for device in devices:

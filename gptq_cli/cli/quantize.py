@@ -196,9 +196,9 @@ def _carry_out(
     from gptq_cli.planning.checks import scanning
 
     with scanning(prepared, reads=is_first_here()) as prepared:
-        from gptq_cli.quantization.run import carry_out
-
         with working(console, prepared, devices) as (worker, progress):
+            from gptq_cli.quantization.run import carry_out
+
             if goal.allocates:
                 from gptq_cli.cli.allocate import allocated
 
@@ -214,7 +214,8 @@ def working(
 ) -> Iterator[tuple[Worker, Report]]:
     """Yield the place of this process in the run, and a receiver of events that shows progress.
 
-    Of several processes only the first one shows progress. Signals stop the body.
+    On a GPU the first launch of kernels has begun, so the body imports transformers while they
+    compile. Of several processes only the first one shows progress. Signals stop the body.
     """
     device = prepared.config.device
     with (
@@ -225,7 +226,9 @@ def working(
         report: Report = ignore
         if worker.team.is_leader:
             report = stack.enter_context(Progress(console))
-        yield worker, report
+        from gptq_cli.runtime.device import with_kernels
+
+        yield with_kernels(worker, prepared.config), report
 
 
 def _finish(

@@ -82,15 +82,10 @@ from gptq_cli.quantization.resume import (
     reporting_kept_work,
 )
 from gptq_cli.quantization.run_state import FinishedBlocks, Limits, Record, Run, SavingTimes
+from gptq_cli.runtime.device import report_device, settle_kernels, with_kernels
 from gptq_cli.runtime.memory import Memory, device_errors
-from gptq_cli.runtime.open_model import (
-    STORED_DTYPES,
-    open_stream,
-    report_device,
-    resolve_device,
-    try_kernels,
-)
-from gptq_cli.runtime.ranks import SINGLE_PROCESS, Ranks, Worker
+from gptq_cli.runtime.open_model import STORED_DTYPES, open_stream
+from gptq_cli.runtime.ranks import Ranks, Worker
 from gptq_cli.solver.quantized_linear import QuantizedLinear
 from gptq_cli.storage.durable import remove, write_file
 from gptq_cli.storage.manifest import ALLOCATION, CONFIG_FILE, write_manifest
@@ -177,7 +172,7 @@ def carry_out(
     """
     started = time.perf_counter()
     config, options, source = prepared.config, prepared.options, prepared.plan.source
-    worker = worker or Worker(SINGLE_PROCESS, resolve_device(config.device))
+    worker = with_kernels(worker, config)
     ranks = worker.team
     # A limit of time ends the leader; the other processes notice that it is gone.
     record, limits = Record(ignore), Limits(config)
@@ -190,7 +185,6 @@ def carry_out(
         device_errors(),
     ):
         report_device(worker.device, config.device, record, ranks.size)
-        settle_kernels = try_kernels(worker.device, config.base)
         refuse_wrong_numbers(source)
         stream = _open_stream(prepared, worker)
         for code, text in prepared.warnings:
@@ -205,7 +199,7 @@ def carry_out(
         check_token_ids(calibration.windows.ids, stream.vocabulary_rows)
         record(PhaseStarted("source", _how_read(source)))
         identity = identify_run(prepared, calibration, config, worker, record)
-        settle_kernels(ranks, record)
+        settle_kernels(worker, record)
         manifest = None
         if work is not None:
             manifest = finished_output(

@@ -2,13 +2,17 @@
 
 Triton compiles each kernel at its first launch, with a C compiler and the headers of Python, and
 writes the result into its cache. Where one of them is missing, torch operations do the same steps.
-The launch also compiles what the run needs, in a thread, while the main thread hashes the weights.
+The launch also compiles what the run needs, in a thread, while the main thread imports transformers
+and opens the model.
 """
 
 from __future__ import annotations
 
 import os
 import sysconfig
+from collections.abc import Callable
+from functools import partial
+from importlib import import_module
 from pathlib import Path
 from subprocess import CalledProcessError
 from threading import Thread
@@ -24,6 +28,7 @@ from gptq_cli.solver.numerics import WITHOUT_KERNELS, has_triton
 from gptq_cli.solver.solve import solve
 from gptq_cli.solver.triton_launch import MOST_COLUMNS
 
+KERNELS = "gptq_cli.solver.triton_kernels"
 ROWS = 32  # a multiple of 16, for which Triton compiles what it compiles for usual layers
 
 
@@ -31,9 +36,13 @@ class KernelTrial:
     """The first launch of the kernels that solve a layer with `config`, begun in a thread."""
 
     def __init__(self, device: torch.device, config: LayerConfig) -> None:
-        self._device, self._config = device, config
+        self._device = device
         self._error: Exception | None = None
-        self._thread = Thread(target=self._try, name="first kernels", daemon=True)
+        # Modules that import each other are imported here, as the main thread goes on importing.
+        self._try(partial(import_module, KERNELS))
+        launch = partial(_launch, device, config)
+        # If the process ends, it waits for this thread: a daemon that compiles would abort it.
+        self._thread = Thread(target=self._try, args=(launch,), name="first kernels")
         WITHOUT_KERNELS.discard(device.type)
         self._thread.start()
 
@@ -51,11 +60,11 @@ class KernelTrial:
             report(Warned("W_NO_KERNELS", f"{text}; {slower}"))
             return
 
-    def _try(self) -> None:
-        if not has_triton():
+    def _try(self, step: Callable[[], object]) -> None:
+        if self._error is not None or not has_triton():
             return
         try:
-            _launch(self._device, self._config)
+            step()
         except Exception as error:  # noqa: BLE001  of compilers and file systems; told by `settle`
             self._error = error
 

@@ -16,13 +16,16 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from gptq_cli.errors import GptqError, InputError, ResourceError, size
 from gptq_cli.events import BlockFinished, Report, Warned
-from gptq_cli.models.stream import ModelStream
 from gptq_cli.planning.estimate import Limit
+
+if TYPE_CHECKING:  # it imports transformers, which takes longer than a run may wait here
+    from gptq_cli.models.stream import ModelStream
 
 # Waiting batches may take these shares of the free memory; on the host, others need some as well.
 WAITING_SHARE = {"cpu": 0.5, "cuda": 1.0}

@@ -6,10 +6,7 @@ little of its memory, else on the host.
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,88 +18,21 @@ from gptq_cli.checkpoint.decoded import forward_dtype
 from gptq_cli.checkpoint.headers import DTYPES_OF_CONFIG
 from gptq_cli.checkpoint.reader import has_kernel, open_reader
 from gptq_cli.checkpoint.source import Checkpoint
-from gptq_cli.config.layer import LayerConfig
 from gptq_cli.config.leftovers import OF_ONE_REVISION
-from gptq_cli.errors import ConfigError, InputError, counted
-from gptq_cli.events import PhaseStarted, Report, Warned
+from gptq_cli.errors import ConfigError, InputError
+from gptq_cli.events import Report, Warned
 from gptq_cli.models.block_calls import State
 from gptq_cli.models.names import Sources
 from gptq_cli.models.skeleton import build_skeleton, load_config
 from gptq_cli.models.stream import ModelStream, ReadAhead
 from gptq_cli.planning.estimate import DEVICE_SHARE
 from gptq_cli.runtime.memory import Memory, gpu_lost, out_of_memory
-from gptq_cli.runtime.ranks import Ranks
-from gptq_cli.solver import numerics
 from gptq_cli.solver.triton_launch import dequantize_packed
 
 # torch's dtypes by their names in config.json, and in safetensors headers
 DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in DTYPES_OF_CONFIG}
 STORED_DTYPES = {header: DTYPES[name] for name, header in DTYPES_OF_CONFIG.items()}
-DEV = Path("/dev")
 AHEAD_SHARE = 8  # a block that is read ahead may fill an eighth of the host's free memory
-
-
-def resolve_device(device: str) -> torch.device:
-    """Return the device with this name, or InputError E_DEVICE if there is none.
-
-    "auto" is the first CUDA device, or the CPU. A CUDA device gets its number, as tensors on it
-    have: `cuda` and `cuda:0` are not equal.
-    """
-    if device == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda", 0)
-        return torch.device("cpu")
-    if not device.startswith("cuda"):
-        return torch.device(device)
-    count = 0
-    if torch.cuda.is_available():
-        count = torch.cuda.device_count()
-    index = int(device.partition(":")[2] or 0)
-    if index >= count:
-        raise InputError(
-            "E_DEVICE",
-            f"no CUDA device {index}: torch {torch.__version__} sees {count}",
-            hint="use --device cpu, or look at `nvidia-smi` and CUDA_VISIBLE_DEVICES",
-        )
-    return torch.device("cuda", index)
-
-
-def report_device(device: torch.device, asked: str, report: Report, n_processes: int = 1) -> None:
-    """Report the device that does the work, and W_DEVICE_UNUSED for a GPU that torch cannot use.
-
-    `asked` is the device of the configuration: a user who names the CPU gets no warning.
-    """
-    name = f"{counted(torch.get_num_threads(), 'thread')} of the CPU"
-    if device.type == "cuda":
-        name = f"{device}, {torch.cuda.get_device_name(device)}"
-    if n_processes > 1:
-        name += f", one of {n_processes} processes"
-    report(PhaseStarted("device", name))
-    if device.type == "cpu" and asked == "auto" and _has_nvidia_gpu():
-        text = f"torch {torch.__version__} cannot use the NVIDIA GPU of this machine"
-        reason = f"its driver may be too old for CUDA {torch.version.cuda}: see nvidia-smi"
-        if torch.version.cuda is None:
-            reason = "install a torch that is built for CUDA"
-        report(Warned("W_DEVICE_UNUSED", f"{text}, so the CPU does the work; {reason}"))
-
-
-def _has_nvidia_gpu() -> bool:
-    """Return whether the driver of NVIDIA is here and the user has not hidden its GPUs."""
-    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
-        return False
-    return any(DEV.glob("nvidia[0-9]*")) or shutil.which("nvidia-smi") is not None
-
-
-def try_kernels(device: torch.device, config: LayerConfig) -> Callable[[Ranks, Report], None]:
-    """Begin the first launch of the solver's kernels; return the function that waits for it.
-
-    That function reports W_NO_KERNELS if they cannot run. On the CPU there is nothing to do.
-    """
-    if device.type not in numerics.KERNEL_DEVICES:
-        return lambda _ranks, _report: None
-    from gptq_cli.runtime.kernels import KernelTrial
-
-    return KernelTrial(device, config).settle
 
 
 def resolve_backend(backend: str | None, device: torch.device) -> str | None:

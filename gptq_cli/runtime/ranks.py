@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, is_dataclass
 from itertools import chain
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -31,6 +31,9 @@ from gptq_cli.solver.hessian import (
     push,
     total,
 )
+
+if TYPE_CHECKING:
+    from gptq_cli.runtime.kernels import KernelTrial
 
 Value = TypeVar("Value")
 # Classes that a process accepts from another one, beside dtypes and dataclasses of this program
@@ -127,10 +130,14 @@ SINGLE_PROCESS = Ranks()
 
 @dataclass(frozen=True, slots=True)
 class Worker:
-    """A process of a run: its ranks and the device that it works on."""
+    """A process of a run: its ranks, the device that it works on, and the trial of kernels there.
+
+    `trial` is None if it has not begun.
+    """
 
     team: Ranks
     device: torch.device
+    trial: KernelTrial | None = None
 
 
 class DistributedRanks(Ranks):

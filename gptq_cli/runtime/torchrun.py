@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
 from gptq_cli.errors import ConfigError, GptqError, ResourceError, Stopped
-from gptq_cli.runtime.open_model import resolve_device
+from gptq_cli.runtime.device import resolve_device
 from gptq_cli.runtime.processes import LAUNCHER, MEETING, launcher_is_gone
 from gptq_cli.runtime.ranks import SINGLE_PROCESS, DistributedRanks, Worker
 

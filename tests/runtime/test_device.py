@@ -27,14 +27,11 @@ from gptq_cli.models import experts
 from gptq_cli.quantization import layers
 from gptq_cli.quantization.layers import Inputs
 from gptq_cli.quantization.run import quantize_checkpoint
+from gptq_cli.runtime import device as device_of_run
 from gptq_cli.runtime import memory, open_model
+from gptq_cli.runtime.device import report_device, resolve_device
 from gptq_cli.runtime.memory import Memory
-from gptq_cli.runtime.open_model import (
-    HiddenStates,
-    open_stream,
-    report_device,
-    resolve_device,
-)
+from gptq_cli.runtime.open_model import HiddenStates, open_stream
 from gptq_cli.solver import numerics
 from gptq_cli.solver.hessian import HessianAccumulator
 from tests.families import save_model, text_file
@@ -270,7 +267,7 @@ def test_oom_on_device_falls_back_to_fewer_paused_batches(
 def test_a_gpu_that_torch_cannot_use_is_a_warning(
     asked: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(open_model, "DEV", tmp_path)
+    monkeypatch.setattr(device_of_run, "DEV", tmp_path)
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
 

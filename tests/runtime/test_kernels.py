@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,10 +18,10 @@ from gptq_cli.errors import ResourceError
 from gptq_cli.events import Event, ignore
 from gptq_cli.quantization.run import quantize_checkpoint
 from gptq_cli.runtime import kernels
+from gptq_cli.runtime.device import settle_kernels, with_kernels
 from gptq_cli.runtime.kernels import KernelTrial, why_no_kernels
 from gptq_cli.runtime.memory import device_errors
-from gptq_cli.runtime.open_model import try_kernels
-from gptq_cli.runtime.ranks import SINGLE_PROCESS, Ranks
+from gptq_cli.runtime.ranks import SINGLE_PROCESS, Ranks, Worker
 from gptq_cli.solver import numerics
 from tests.families import save_model
 from tests.runs import config, digest, messages
@@ -37,6 +39,13 @@ def forgotten() -> Iterator[None]:
     """What a trial has found holds for one test."""
     yield
     numerics.WITHOUT_KERNELS.clear()
+
+
+class Other(Ranks):
+    """One of two processes."""
+
+    def all_gather(self, mine: Any) -> list[Any]:
+        return [*mine, "the other one has no compiler"]
 
 
 def settled(ranks: Ranks = SINGLE_PROCESS) -> list[str]:
@@ -75,9 +84,70 @@ def test_a_run_without_kernels_warns_once_and_writes_the_same_bytes(tmp_path: Pa
 def test_the_cpu_begins_no_launch(monkeypatch: pytest.MonkeyPatch) -> None:
     failing(AssertionError("launched"), monkeypatch)
     events: list[Event] = []
-    try_kernels(CPU, LAYER)(SINGLE_PROCESS, events.append)
+    worker = with_kernels(None, config(device="cpu"))
+    assert worker == Worker(SINGLE_PROCESS, CPU)
+    settle_kernels(worker, events.append)
     assert events == []
     assert not numerics.WITHOUT_KERNELS
+
+
+def test_a_launch_begins_once_for_each_process_and_all_hear_of_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    launched: list[object] = []
+    monkeypatch.setattr(kernels, "has_triton", lambda: True)
+    monkeypatch.setattr(kernels, "_launch", lambda *about: launched.append(about))
+    team = Other()
+    begun = with_kernels(Worker(team, CUDA), config(group_size=64))
+    assert with_kernels(begun, config()) is begun
+    events: list[Event] = []
+    settle_kernels(begun, events.append)
+    (message,) = messages(events, "W_NO_KERNELS")
+    assert "the other one has no compiler" in message
+    assert launched == [(CUDA, config(group_size=64).base)]
+
+
+def test_a_machine_without_another_thread_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(_: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(kernels.Thread, "start", start)
+    with pytest.raises(ResourceError) as caught:
+        with_kernels(Worker(SINGLE_PROCESS, CUDA), config())
+    assert (caught.value.code, caught.value.exit_code) == ("E_OOM", 5)
+    assert caught.value.hint
+
+
+def test_a_triton_that_cannot_be_imported_is_not_launched(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(name: str) -> None:
+        raise ImportError(f"{name} needs another library")
+
+    failing(AssertionError("launched"), monkeypatch)
+    monkeypatch.setattr(kernels, "has_triton", lambda: True)
+    monkeypatch.setattr(kernels, "import_module", missing)
+    (message,) = settled()
+    assert "ImportError: gptq_cli.solver.triton_kernels needs another library" in message
+
+
+def test_a_process_that_ends_waits_for_its_compiler() -> None:
+    program = """if True:
+        import sys, threading, torch
+        from gptq_cli.config.layer import LayerConfig
+        from gptq_cli.runtime import kernels
+
+        def launch(*_):
+            threading.main_thread().join()
+            print("compiled")
+
+        kernels.has_triton = lambda: True
+        kernels.KERNELS = "gptq_cli.errors"
+        kernels._launch = launch
+        kernels.KernelTrial(torch.device("cpu"), LayerConfig())
+        sys.exit(3)
+    """
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert (done.returncode, done.stdout) == (3, "compiled\n"), done.stderr
 
 
 @pytest.mark.parametrize("group_size", [32, 256, -1])
@@ -103,10 +173,6 @@ def test_kernels_that_launch_are_used_without_a_word(monkeypatch: pytest.MonkeyP
 def test_one_process_without_kernels_switches_them_off_in_all(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    class Other(Ranks):
-        def all_gather(self, mine: Any) -> list[Any]:
-            return [*mine, "the other one has no compiler"]
-
     monkeypatch.setattr(kernels, "_launch", lambda *_: None)
     (message,) = settled(Other())
     assert "the other one has no compiler" in message

@@ -1,0 +1,95 @@
+"""The device of a run, and the first launch of kernels on it; needs no transformers.
+
+So a run can begin this launch, which compiles kernels, before it imports transformers.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from gptq_cli.config.schema import QuantizeConfig
+from gptq_cli.errors import InputError, counted
+from gptq_cli.events import PhaseStarted, Report, Warned
+from gptq_cli.runtime.memory import device_errors
+from gptq_cli.runtime.ranks import SINGLE_PROCESS, Worker
+from gptq_cli.solver import numerics
+
+DEV = Path("/dev")
+
+
+def resolve_device(device: str) -> torch.device:
+    """Return the device with this name, or InputError E_DEVICE if there is none.
+
+    "auto" is the first CUDA device, or the CPU. A CUDA device gets its number, as tensors on it
+    have: `cuda` and `cuda:0` are not equal.
+    """
+    if device == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda", 0)
+        return torch.device("cpu")
+    if not device.startswith("cuda"):
+        return torch.device(device)
+    count = 0
+    if torch.cuda.is_available():
+        count = torch.cuda.device_count()
+    index = int(device.partition(":")[2] or 0)
+    if index >= count:
+        raise InputError(
+            "E_DEVICE",
+            f"no CUDA device {index}: torch {torch.__version__} sees {count}",
+            hint="use --device cpu, or look at `nvidia-smi` and CUDA_VISIBLE_DEVICES",
+        )
+    return torch.device("cuda", index)
+
+
+def report_device(device: torch.device, asked: str, report: Report, n_processes: int = 1) -> None:
+    """Report the device that does the work, and W_DEVICE_UNUSED for a GPU that torch cannot use.
+
+    `asked` is the device of the configuration: a user who names the CPU gets no warning.
+    """
+    name = f"{counted(torch.get_num_threads(), 'thread')} of the CPU"
+    if device.type == "cuda":
+        name = f"{device}, {torch.cuda.get_device_name(device)}"
+    if n_processes > 1:
+        name += f", one of {n_processes} processes"
+    report(PhaseStarted("device", name))
+    if device.type == "cpu" and asked == "auto" and _has_nvidia_gpu():
+        text = f"torch {torch.__version__} cannot use the NVIDIA GPU of this machine"
+        reason = f"its driver may be too old for CUDA {torch.version.cuda}: see nvidia-smi"
+        if torch.version.cuda is None:
+            reason = "install a torch that is built for CUDA"
+        report(Warned("W_DEVICE_UNUSED", f"{text}, so the CPU does the work; {reason}"))
+
+
+def _has_nvidia_gpu() -> bool:
+    """Return whether the driver of NVIDIA is here and the user has not hidden its GPUs."""
+    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+        return False
+    return any(DEV.glob("nvidia[0-9]*")) or shutil.which("nvidia-smi") is not None
+
+
+def with_kernels(worker: Worker | None, config: QuantizeConfig) -> Worker:
+    """Return `worker` with the first launch of the solver's kernels begun, unless it has begun.
+
+    None is the only process of a run. On the CPU there is nothing to launch. Raises InputError
+    E_DEVICE if the device of that process is not there, ResourceError if no thread can start.
+    """
+    if worker is None:
+        worker = Worker(SINGLE_PROCESS, resolve_device(config.device))
+    if worker.trial is not None or worker.device.type not in numerics.KERNEL_DEVICES:
+        return worker
+    from gptq_cli.runtime.kernels import KernelTrial
+
+    with device_errors():
+        return replace(worker, trial=KernelTrial(worker.device, config.base))
+
+
+def settle_kernels(worker: Worker, report: Report) -> None:
+    """Wait for the first launch, if one has begun; report W_NO_KERNELS if kernels cannot run."""
+    if worker.trial is not None:
+        worker.trial.settle(worker.team, report)
