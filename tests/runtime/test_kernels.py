@@ -131,23 +131,25 @@ def test_a_triton_that_cannot_be_imported_is_not_launched(monkeypatch: pytest.Mo
 
 def test_a_process_that_ends_waits_for_its_compiler() -> None:
     program = """if True:
-        import sys, threading, torch
+        import atexit, subprocess, sys, threading, torch
         from gptq_cli.config.layer import LayerConfig
         from gptq_cli.runtime import kernels
 
         def launch(*_):
             threading.main_thread().join()
-            print("compiled")
+            subprocess.run([sys.executable, "-c", ""])  # as the assembler of Triton is
+            print("compiled", flush=True)
 
         kernels.has_triton = lambda: True
         kernels.KERNELS = "gptq_cli.errors"
         kernels._launch = launch
+        atexit.register(print, "ended", flush=True)
         kernels.KernelTrial(torch.device("cpu"), LayerConfig())
         sys.exit(3)
     """
     command = [sys.executable, "-c", program]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    assert (done.returncode, done.stdout) == (3, "compiled\n"), done.stderr
+    assert (done.returncode, done.stdout) == (3, "compiled\nended\n"), done.stderr
 
 
 @pytest.mark.parametrize("group_size", [32, 256, -1])
