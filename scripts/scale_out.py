@@ -64,7 +64,7 @@ def estimate(shape: Shape, devices: int, preset: str) -> dict[str, float]:
     if devices > DEVICES_OF_A_NODE:
         rates = replace(rates, network=H100.between_machines)
     seconds = estimate_seconds(layers, text, devices, n_bytes, rates)
-    seconds = seconds.plus(Seconds(fixed=rates.start + rates.kernels))
+    seconds = seconds.plus(Seconds(fixed=rates.ready))
     parts = asdict(seconds)
     del parts["beside"], parts["saving"]  # of the files of a run, of which there are none here
     return {"total": seconds.total, **parts}

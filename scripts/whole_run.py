@@ -2,10 +2,11 @@
 
 The parts of a run, beside its blocks, and what would make each of them shorter:
 
-start     Python imports torch and transformers, while the model is read and hashed
-source    kernels are compiled, or the rest of the model is hashed, whichever takes longer: kernels
-          of an earlier run are cached, and a model of the Hub has known hashes, so its numbers are
-          only checked
+start     Python imports torch and transformers, while the model is read and hashed; kernels are
+          compiled from the moment on at which torch is there
+source    the rest of the kernels is compiled, or the rest of the model is hashed, whichever takes
+          longer: kernels of an earlier run are cached, and a model of the Hub has known hashes, so
+          its numbers are only checked
 saving    hidden states are written for a run that resumes, in a twentieth of the time at most
 beside    while blocks are quantized, a thread copies the tensors that are not quantized, makes the
           output durable, reads it back and hashes it: what of this takes longer than the blocks

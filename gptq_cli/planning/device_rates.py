@@ -16,6 +16,7 @@ from gptq_cli.planning.estimate import Rates
 SHRINKS_TRIED = 25  # factors of the scale that the search tries, as many as `SHRINKS` of the solver
 HESSIAN_PANEL = 2048  # columns of a Hessian on a GPU, as `CUDA_PANEL` of the solver
 CPU_START_SECONDS = 4.0  # measured: Python, torch and transformers are imported
+TORCH_SHARE = 0.45  # of them until torch and Triton are there, measured: 0.41 to 0.45
 
 
 def _rate(value: float, source: str, *, known: bool = False) -> Any:
@@ -96,8 +97,14 @@ class DeviceRates:
     import_seconds: float = _rate(
         CPU_START_SECONDS, "seconds to import Python, torch and transformers, measured on a CPU"
     )
+    torch_seconds: float = _rate(
+        TORCH_SHARE * CPU_START_SECONDS,
+        "seconds of these until torch and Triton are imported, by processor time on a CPU",
+    )
     kernel_seconds: float = _rate(
-        6.0, "seconds to start CUDA and compile kernels, while the model is opened; then cached"
+        6.0,
+        "seconds to start CUDA and compile kernels, while transformers is imported; then cached. "
+        "Compiling four kernels took 3 s of processor time on a CPU",
     )
     cached_kernel_seconds: float = _rate(
         1.5, "seconds to start CUDA and load kernels that an earlier run has compiled"
@@ -145,6 +152,7 @@ def cost_model(rates: DeviceRates, config: LayerConfig) -> Rates:
         hashes=rates.hashes * rates.hash_threads,
         hash_threads=rates.hash_threads,
         start=rates.import_seconds,
+        before_kernels=rates.torch_seconds,
         kernels=rates.kernel_seconds,
     )
 

@@ -695,9 +695,10 @@ class Rates:
 
     `disk` counts bytes read, `writes` bytes written and made durable, `copies` bytes between host
     and device, and `network` bytes sent to other devices. `hashes` are bytes that `hash_threads`
-    threads hash together, one file each. `start` are seconds to import torch, and `kernels` those
-    to compile kernels after that, whatever the sizes. If `shifts_of_rows` is true, W C is summed in
-    place of C for layers with few outputs.
+    threads hash together, one file each. `start` are seconds to import torch and transformers, and
+    `kernels` those to compile kernels, whatever the sizes, which begins `before_kernels` seconds
+    after the start. If `shifts_of_rows` is true, W C is summed in place of C for layers with few
+    outputs.
     """
 
     forward: float
@@ -720,7 +721,13 @@ class Rates:
     hashes: float = math.inf
     hash_threads: int = 1
     start: float = 0.0
+    before_kernels: float = 0.0
     kernels: float = 0.0
+
+    @property
+    def ready(self) -> float:
+        """Seconds until transformers is imported and kernels are compiled."""
+        return max(self.start, self.before_kernels + self.kernels)
 
 
 @dataclass(frozen=True, slots=True)
@@ -816,7 +823,8 @@ def saving_seconds(plan: RunPlan, config: QuantizeConfig, rates: Rates, working:
 def fixed_seconds(plan: RunPlan, rates: Rates) -> dict[str, float]:
     """Return the seconds before the first block and after the last one, by what takes them.
 
-    The model is read and hashed from the start on, and kernels are compiled once torch is there.
+    The model is read and hashed from the start on, and kernels are compiled once torch is there,
+    while transformers is imported.
     After the blocks the tensors of the last one are read back, and the files of the output are
     hashed from the first of these on.
     """
@@ -828,7 +836,7 @@ def fixed_seconds(plan: RunPlan, rates: Rates) -> dict[str, float]:
     reading = max(plan.source.nbytes / rates.disk, _hashing_seconds(files.values(), rates))
     return {
         "start": rates.start,
-        "source": max(rates.kernels, reading - rates.start),
+        "source": max(rates.ready, reading) - rates.start,
         "verify": late / rates.writes + late / rates.hashes,
         "manifest": _hashing_seconds(_rests(plan.layout, last), rates),
     }

@@ -302,6 +302,11 @@ def test_a_file_is_hashed_by_one_thread_while_kernels_compile(tmp_path: Path) ->
     assert importing == of_four | {"start": 7.0, "source": of_four["source"] - 7}
     longer = fixed_seconds(plan, replace(rates, start=1e9))
     assert longer["source"] == 0
+    # Kernels compile from 3 s on, while transformers is imported up to 7 s.
+    both = replace(rates, hashes=math.inf, start=7.0, before_kernels=3.0)
+    assert fixed_seconds(plan, replace(both, kernels=4.0))["source"] == 0
+    assert fixed_seconds(plan, replace(both, kernels=9.0))["source"] == 5
+    assert replace(both, kernels=9.0).ready == 12
     writing = fixed_seconds(plan, replace(rates, writes=2.0))
     last = sum(spec.nbytes for name, spec in plan.layout.specs.items() if is_late(name))
     assert writing == of_four | {"verify": last / 2 + last / 8}
