@@ -62,8 +62,8 @@ from gptq_cli.quantization.run_state import (
     Run,
     SavingTimes,
 )
-from gptq_cli.runtime.memory import Memory
 from gptq_cli.runtime.device import resolve_device
+from gptq_cli.runtime.memory import Memory
 from gptq_cli.runtime.open_model import open_stream
 from gptq_cli.runtime.ranks import SINGLE_PROCESS
 from tests.counting_gpu import CountingGpu, Operation, counting_gpu

@@ -195,15 +195,17 @@ def _carry_out(
     """Carry out a run on `devices`, with widths that are measured if `goal` allocates; show it."""
     from gptq_cli.planning.checks import scanning
 
-    with scanning(prepared, reads=is_first_here()) as prepared:
-        with working(console, prepared, devices) as (worker, progress):
-            from gptq_cli.quantization.run import carry_out
+    with (
+        scanning(prepared, reads=is_first_here()) as prepared,
+        working(console, prepared, devices) as (worker, progress),
+    ):
+        from gptq_cli.quantization.run import carry_out
 
-            if goal.allocates:
-                from gptq_cli.cli.allocate import allocated
+        if goal.allocates:
+            from gptq_cli.cli.allocate import allocated
 
-                prepared = allocated(console, prepared, goal, worker, progress)
-            result = carry_out(prepared, progress, worker)
+            prepared = allocated(console, prepared, goal, worker, progress)
+        result = carry_out(prepared, progress, worker)
     if worker.team.is_leader:
         _finish(console, result, prepared, with_page=with_page, evaluate=evaluate)
 

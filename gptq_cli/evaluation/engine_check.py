@@ -37,8 +37,8 @@ from gptq_cli.events import EngineSaid, PhaseStarted, Report, ignore
 from gptq_cli.files import file_errors, is_file
 from gptq_cli.json_values import to_json
 from gptq_cli.planning.run_plan import positions
-from gptq_cli.runtime.memory import device_errors
 from gptq_cli.runtime.device import report_device, resolve_device
+from gptq_cli.runtime.memory import device_errors
 from gptq_cli.runtime.open_model import warn_of
 
 PROMPTS = (

@@ -30,8 +30,8 @@ from gptq_cli.files import is_file
 from gptq_cli.json_values import to_json
 from gptq_cli.models.stream import ModelStream
 from gptq_cli.planning.run_plan import about_unused, positions
-from gptq_cli.runtime.memory import Memory, device_errors
 from gptq_cli.runtime.device import report_device, resolve_device
+from gptq_cli.runtime.memory import Memory, device_errors
 from gptq_cli.runtime.open_model import decoding_backend, open_stream, warn_of
 
 DEFAULT_NEW_TOKENS = 128

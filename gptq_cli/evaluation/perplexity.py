@@ -31,8 +31,8 @@ from gptq_cli.events import PhaseStarted, Report, ignore
 from gptq_cli.json_values import to_json
 from gptq_cli.planning.run_plan import bounded_seqlen
 from gptq_cli.quantization.run_state import Record
-from gptq_cli.runtime.memory import device_errors
 from gptq_cli.runtime.device import report_device, resolve_device
+from gptq_cli.runtime.memory import device_errors
 from gptq_cli.runtime.open_model import resolve_backend, warn_of
 
 DEFAULT_SEQLEN = 2048

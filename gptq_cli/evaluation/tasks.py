@@ -30,8 +30,8 @@ from gptq_cli.events import PhaseStarted, Report, ignore
 from gptq_cli.hub_errors import first_line
 from gptq_cli.json_values import to_json
 from gptq_cli.planning.run_plan import positions
-from gptq_cli.runtime.memory import Memory, device_errors
 from gptq_cli.runtime.device import resolve_device
+from gptq_cli.runtime.memory import Memory, device_errors
 from gptq_cli.runtime.open_model import warn_of
 
 DEFAULT_POSITIONS = 2048  # of a model whose config.json names none, as in lm-eval
