@@ -1,9 +1,10 @@
 """Entry point of `gptq` and of `python -m gptq_cli`."""
 
 # Nothing else may be imported before `leave_out_current_directory` has run. Python has loaded
-# these two already.
+# two of these already, and the third is a part of it.
 import os
 import sys
+import time
 
 
 def leave_out_current_directory() -> None:
@@ -35,6 +36,8 @@ def leave_out_current_directory() -> None:
 def main() -> None:
     """Run the command line and exit with its exit code."""
     leave_out_current_directory()
+    # The processes of --devices begin with the command that starts them.
+    os.environ.setdefault("_GPTQ_BEGAN", str(time.time()))
     # Threads that wait by spinning take cores from the threads that work as soon as another
     # process runs: a block took five times as long. OpenMP reads this once, when torch is loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

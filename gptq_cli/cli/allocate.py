@@ -13,6 +13,7 @@ from gptq_cli.cli.console import (
     fitted,
     indented_lines,
     on_one_line,
+    time_line,
     with_engines,
 )
 from gptq_cli.cli.quantize import SETTINGS, launch_processes, working
@@ -20,7 +21,7 @@ from gptq_cli.config.fields import Panel, seconds
 from gptq_cli.config.layer import BITS
 from gptq_cli.config.resolve import resolve
 from gptq_cli.config.schema import QuantizeConfig
-from gptq_cli.errors import clock, counted, shell_words, size
+from gptq_cli.errors import counted, shell_words, size
 
 if TYPE_CHECKING:
     from gptq_cli.allocation.result import AllocateResult
@@ -134,7 +135,7 @@ def _show(console: Console, result: AllocateResult) -> None:
     lines = [fitted(on_one_line(f"{measured.model}: {count}; {why}")), "", *_table(result)]
     if chosen is not None:
         lines += ["", *_chosen_lines(chosen), *_picture(measured, chosen)]
-    lines += ["", f"time {clock(measured.seconds)}"]
+    lines += ["", time_line(measured.seconds)]
     if result.output is not None:
         lines.append(on_one_line(f"written to {result.output}"))
     short: str | Path = ""

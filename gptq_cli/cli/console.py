@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from shutil import get_terminal_size
 from textwrap import fill, wrap
-from time import gmtime
+from time import gmtime, time
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO
 
 import typer
@@ -30,6 +30,7 @@ from gptq_cli.errors import (
     Location,
     Problem,
     __version__,
+    clock,
     counted,
     without_secrets,
 )
@@ -55,6 +56,7 @@ PAINT = {  # the start of a line, and its colour
     re.compile(r"^ +\| +\^$", re.MULTILINE): "31",
 }
 LOG_MARK = "log of gptq"
+BEGAN = "_GPTQ_BEGAN"  # a variable of `main`: when the command began, in seconds since 1970
 
 ENGINES_WIDTH = 98  # columns, with room for "# " before a line
 WORDS: dict[Outcome, str] = {
@@ -375,6 +377,16 @@ def _painted(text: str) -> str:
 def visible(text: str) -> str:
     """Return `text` with escape sequences made visible, because names in files could hold some."""
     return "".join(map(_visible_letter, text))
+
+
+def time_line(seconds: float, width: int = 0) -> str:
+    """Return the line about the time of the command, from its start with all imports until now.
+
+    `seconds` is the time of the work itself, which counts if the command was not started by `main`.
+    The value begins after a word of `width`.
+    """
+    began = float(os.environ.get(BEGAN, time() - seconds))
+    return f"{'time':{width}} {clock(time() - began)}"
 
 
 def on_one_line(text: str) -> str:

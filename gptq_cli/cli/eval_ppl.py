@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
 from gptq_cli.cli import options as o
-from gptq_cli.cli.console import Console, joined
+from gptq_cli.cli.console import Console, joined, time_line
 from gptq_cli.cli.progress import Progress
 from gptq_cli.config.fields import Panel
 from gptq_cli.config.resolve import check_flags
-from gptq_cli.errors import ConfigError, GateError, Problem, clock, counted
+from gptq_cli.errors import ConfigError, GateError, Problem, counted
 from gptq_cli.evaluation.verdict import BETTER, verdict_lines
 
 if TYPE_CHECKING:
@@ -108,7 +108,8 @@ def eval_ppl(
     )
     with Progress(console) as progress:
         result = evaluate_perplexity(model, request, on_event=progress)
-    output = (result.to_json(), joined(summary_of(result)), f"{result.perplexity:.6g}")
+    lines = [*summary_of(result), time_line(result.seconds, 11)]
+    output = (result.to_json(), joined(lines), f"{result.perplexity:.6g}")
     failed = _failed_gates(result, limits)
     if failed:
         console.refused(*output, GateError.of(failed))
@@ -253,5 +254,4 @@ def summary_of(result: EvalResult) -> list[str]:
         assert result.kl is not None
         lines += verdict_lines(result.kl)
     lines.append(f"protocol    {result.dataset}, {windows}, {result.dtype}")
-    lines.append(f"time        {clock(result.seconds)}")
     return lines

@@ -11,11 +11,11 @@ from io import StringIO
 from typing import TYPE_CHECKING, Annotated, TextIO
 
 from gptq_cli.cli import options as o
-from gptq_cli.cli.console import Console, aligned, joined
+from gptq_cli.cli.console import Console, aligned, joined, time_line
 from gptq_cli.cli.progress import Progress
 from gptq_cli.config.fields import Panel
 from gptq_cli.config.resolve import check_flags
-from gptq_cli.errors import ConfigError, GateError, Problem, clock
+from gptq_cli.errors import ConfigError, GateError, Problem
 
 if TYPE_CHECKING:
     from gptq_cli.evaluation.tasks import Score, TasksResult
@@ -198,7 +198,7 @@ def _lines(result: TasksResult) -> list[str]:
         questions = f"at most {result.limit} questions of each task"
     protocol = f"lm-eval {result.lm_eval}, {questions}, {shots}, {result.dtype}"
     table = aligned(rows, right=set(range(2, len(head))))
-    return [*table, "", f"protocol  {protocol}", f"time      {clock(result.seconds)}"]
+    return [*table, "", f"protocol  {protocol}", time_line(result.seconds, 9)]
 
 
 def _decimal(number: float | None, sign: str = "") -> str:

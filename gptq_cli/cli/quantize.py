@@ -16,7 +16,7 @@ import typer
 from pydantic import BaseModel, BeforeValidator, StrictBool, TypeAdapter
 
 from gptq_cli.cli import options as o
-from gptq_cli.cli.console import Console, engine_lines, fitted, on_one_line
+from gptq_cli.cli.console import Console, engine_lines, fitted, on_one_line, time_line
 from gptq_cli.cli.launch import (
     is_first_here,
     is_leader,
@@ -30,7 +30,7 @@ from gptq_cli.cli.progress import Progress
 from gptq_cli.config.resolve import Resolved, resolve, to_yaml
 from gptq_cli.config.schema import NO_LORA, QuantizeConfig
 from gptq_cli.config.serving import LOADS
-from gptq_cli.errors import ConfigError, GptqError, InputError, clock, shell_word, shell_words, size
+from gptq_cli.errors import ConfigError, GptqError, InputError, shell_word, shell_words, size
 from gptq_cli.events import Report, ignore
 from gptq_cli.files import is_directory, resolved
 
@@ -429,7 +429,7 @@ def _summary(result: QuantizeResult, config: QuantizeConfig) -> list[str]:
     if result.already_done:
         lines.append("done   already, by an earlier run of the same command")
     else:
-        lines.append(f"time   {clock(result.seconds)}")
+        lines.append(time_line(result.seconds, 6))
     return lines
 
 

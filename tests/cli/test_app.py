@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ from gptq_cli import __version__
 from gptq_cli.__main__ import main
 from gptq_cli.cli import help_page
 from gptq_cli.cli.app import COMMANDS, GROUPS, load_command
+from gptq_cli.cli.console import BEGAN
 from gptq_cli.config.layer import PRESETS
 from gptq_cli.errors import (
     ConfigError,
@@ -262,9 +264,24 @@ def test_an_interrupt_before_any_command_exits_130(
         raise KeyboardInterrupt
 
     monkeypatch.setattr("gptq_cli.cli.app.app", interrupted)
+    monkeypatch.setenv(BEGAN, "0")  # so that it is restored
     with pytest.raises((SystemExit, KeyboardInterrupt)) as caught:
         main()
     assert str(caught.value) == "130"
+
+
+def test_the_processes_of_a_command_share_the_time_at_which_it_began(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    began: list[str] = []
+    monkeypatch.setattr("gptq_cli.cli.app.app", lambda **_: began.append(os.environ[BEGAN]))
+    monkeypatch.setattr("gptq_cli.__main__.time.time", lambda: 1000.5)
+    monkeypatch.setenv(BEGAN, "0")  # so that it is restored
+    monkeypatch.delenv(BEGAN)
+    main()
+    monkeypatch.setattr("gptq_cli.__main__.time.time", lambda: 2000.5)
+    main()  # as a process of --devices does
+    assert began == ["1000.5", "1000.5"]
 
 
 def test_stderr_shows_8_of_30_problems_and_json_shows_all(gptq: Run, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from gptq_cli.cli.app import load_command
+from gptq_cli.cli.console import BEGAN
 from gptq_cli.config.fields import seconds
 from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.errors import ResourceError
@@ -250,6 +251,16 @@ def test_the_summary_tells_of_a_sample_of_rows(
     monkeypatch.setattr(conftest, "layer_report", sampled)
     result = gptq("quantize", "org/name", "-b", "4")
     assert ", round-to-nearest 6.00e-04 on a sample of rows\n" in result.stdout
+    assert len(quantizer.calls) == 1
+
+
+def test_the_time_counts_from_the_start_of_the_command(
+    gptq: Run, quantizer: FakeQuantizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(BEGAN, "1000")
+    monkeypatch.setattr("gptq_cli.cli.console.time", lambda: 1000 + 4000.4)
+    result = gptq("quantize", "org/name", "-b", "4")
+    assert "time   1:06:40\n" in result.stdout  # of 3723 seconds for the work itself
     assert len(quantizer.calls) == 1
 
 
