@@ -93,15 +93,15 @@ def _table(found: PlanResult, group_size: int | str) -> list[str]:
         )
     numbers = aligned(cells, right=range(len(cells[0])))
     rows = with_engines(numbers, [choice.loads for choice in found.choices], ENGINES_SHOWN)
-    marked = "* the defaults:"
+    marked = "* = the defaults"
     if group_size not in {planned_size for _, planned_size in planned}:
-        marked = f"* the defaults with --group-size {AUTO}:"
+        marked = f"* = the defaults with --group-size {AUTO}"
     below = [
         marked,
-        *_part_lines(found.parts),
+        f"size of *: {_parts(found.parts)}",
         *_time_lines(found.seconds),
-        "bpw: bits per quantized weight, with all that is stored for it",
-        "CPU and GPU: about the memory of a run there (estimates); GPU not measured",
+        "bpw = bits per quantized weight, with all that is stored for it",
+        "CPU, GPU = memory of a run there (estimate, not measured on a GPU)",
     ]
     return [*rows, "", *[fitted(line, indent=8) for line in below]]
 
@@ -120,7 +120,7 @@ def _lines(found: PlanResult) -> list[str]:
     files = counted(len(plan.layout.shards), "file")
     smaller = f"{size(before)} of tensors -> {size(after)} ({before / after:.2f}x smaller)"
     lines.append(f"size    {smaller} in {files}, {after:,} bytes")
-    lines += _part_lines(found.parts)
+    lines.append(f"        {_parts(found.parts)}")
     rate = f"{plan.bits_per_weight:.3g} per quantized weight"
     lines.append(f"bits    {rate}, with all that is stored for it")
     lines += _text_lines(found.text)
@@ -129,10 +129,9 @@ def _lines(found: PlanResult) -> list[str]:
     return [fitted(line, indent=8) for line in [*lines, *engine_lines(found.engines)]]
 
 
-def _part_lines(parts: Mapping[str, int]) -> list[str]:
+def _parts(parts: Mapping[str, int]) -> str:
     """Return what the size is made of, in parts that have tensors."""
-    held = [f"{name} {size(nbytes)}" for name, nbytes in parts.items() if nbytes]
-    return [f"        {', '.join(held)}"]
+    return ", ".join(f"{name} {size(nbytes)}" for name, nbytes in parts.items() if nbytes)
 
 
 def _memory_lines(found: PlanResult) -> list[str]:

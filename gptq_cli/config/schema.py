@@ -108,7 +108,7 @@ class QuantizeConfig(BaseModel):
         "fits all layers",
     )
     sym: Annotated[Flag, Option(Panel.SWITCHES, ("--sym/--asym",))] = Field(
-        default=True, description="symmetric grid; false stores a zero point per group"
+        default=True, description="symmetric grid; an asymmetric one stores a zero point per group"
     )
     desc_act: Annotated[Flag, Option(Panel.SWITCHES)] = Field(
         default=False,
@@ -189,7 +189,7 @@ class QuantizeConfig(BaseModel):
         default=None,
         description="largest size of all safetensors files; each layer gets a width that suits it",
     )
-    target_kl: Annotated[Divergence, Option(Panel.ALLOCATION)] = Field(
+    target_kl: Annotated[Divergence, Option(Panel.ALLOCATION, metavar="NATS")] = Field(
         default=None,
         description="write the smallest output with a lower expected KL to the original, in nats",
     )
@@ -275,8 +275,8 @@ class QuantizeConfig(BaseModel):
     )
     pack: Annotated[Flag, Option(Panel.TEXT)] = Field(
         default=True,
-        description="fill each window with one document after the other; false takes each chat or "
-        "document alone, up to seqlen tokens, without padding",
+        description="fill each window with one document after the other; otherwise a window holds "
+        "one chat or document, up to seqlen tokens, without padding",
     )
     seqlen: Annotated[Count, Option(Panel.TEXT)] = Field(
         default=2048, description="tokens per window, at most the model's positions"

@@ -409,9 +409,9 @@ def other_rows(
         if len(tensor.shape) < 2:
             vectors = _merged(vectors, Row(VECTORS, (), "", nbytes=tensor.nbytes))
             continue
-        why = "no linear layer of a block"
+        why = "not in a block"
         if tensor.name == f"{HEAD}.weight":
-            why = "output head, see --lm-head"
+            why = "see --lm-head"
         name = kind_in_block(tensor.name.removesuffix(".weight"), blocks)
         how = _stored(tensor, decoded)
         rows.append(Row(name, tensor.shape, how, why, nbytes=tensor.nbytes))

@@ -44,7 +44,7 @@ def test_the_plan_lists_the_layers_and_why_some_are_kept(printed: Result) -> Non
         "  3 x  self_attn.q_proj              128x64  4 bit g32",
         "  2 x  mlp.down_proj                 64x128  4 bit g32",
         r"  1 x  mlp.down_proj                 64x128  F32        rule '-:.*\.0\.mlp': kept",
-        "  1 x  lm_head                       512x64  F32        output head, see --lm-head",
+        "  1 x  lm_head                       512x64  F32        see --lm-head",
     ):
         assert line in lines
 
@@ -111,7 +111,8 @@ def test_a_plan_without_a_width_is_a_table(gptq: Run, model: Path) -> None:
     groups = ["64", "32"]  # 128 does not divide 64 inputs
     assert [row[:2] for row in rows] == [[bits, group] for bits in "8432" for group in groups]
     marked = [line for line in lines if "*" in line]
-    assert marked == [lines[5], "* the defaults with --group-size auto:"]
+    assert marked[:2] == [lines[5], "* = the defaults with --group-size auto"]
+    assert [line.split(" layers ")[0] for line in marked[2:]] == ["size of *:"]
     assert "group_size auto is 64" in result.stderr
     assert max(map(len, lines)) <= 80
 
@@ -168,7 +169,7 @@ def test_the_table_has_the_time_of_the_marked_row(gptq: Run, model: Path) -> Non
     plain, timed = gptq(*words), gptq(*words, "--time")
     assert "rates measured" not in plain.stdout
     lines = timed.stdout.splitlines()
-    marked = lines.index("* the defaults with --group-size auto:")
+    marked = lines.index("* = the defaults with --group-size auto")
     assert lines[marked + 2].startswith("time    at least 0:00:")
     assert "next: add --bits 4 to see the layers of a row" in timed.stderr
 

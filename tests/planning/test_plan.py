@@ -112,7 +112,7 @@ def test_similar_layers_share_a_row_and_rows_sum_to_all_bytes(tmp_path: Path) ->
     assert len(found) == 7
     assert [(row.count, row.name, row.why) for row in kept[:2]] == [
         (3, "self_attn.v_proj", "rule '-:.*v_proj': kept"),
-        (1, "lm_head", "output head, see --lm-head"),
+        (1, "lm_head", "see --lm-head"),
     ]
     assert kept[-1].name == VECTORS
     assert kept[-1].count == 3 * 2 + 1
