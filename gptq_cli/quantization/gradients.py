@@ -30,6 +30,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from gptq_cli.config.layer import keeping
 from gptq_cli.errors import InputError
 from gptq_cli.events import BlocksDone, PhaseStarted, Report, Warned
 from gptq_cli.files import is_file
@@ -264,7 +265,8 @@ class _Pass:
         """Return the hidden states before the first block."""
         if not self.pieces:
             return []
-        states = self.stream.embed(self.pieces)
+        with torch.inference_mode():  # some models change their weights in place (rwkv)
+            states = self.stream.embed(self.pieces)
         if any(isinstance(state, tuple) for state in states) or any(self.stream.carried):
             raise _no_gradient("its blocks hand on more than hidden states")
         return [state for state in states if isinstance(state, Tensor)]
@@ -427,7 +429,8 @@ def differentiate(
 
     def watch(name: str, _module: nn.Module, _args: object, output: Tensor) -> None:
         # A hook of the tensor sees the gradient of the output itself, even if it is changed later.
-        output.register_hook(lambda received: found.append((name, received)))
+        if output.requires_grad:
+            output.register_hook(lambda received: found.append((name, received)))
 
     handles = []
     for name in names:
@@ -441,9 +444,11 @@ def differentiate(
     finally:
         for handle in handles:
             handle.remove()
-    for name in names:
-        if name not in dict(found):
-            raise _no_gradient(f"no gradient reaches the outputs of `{name}`")
+    without = sorted(set(names) - dict(found).keys())
+    if without:
+        kept = keeping(without, in_all_blocks=True)
+        hint = f"keep such layers ({kept.option}), or {WITHOUT}"
+        raise _no_gradient(f"no gradient reaches the outputs of `{'`, `'.join(without)}`", hint)
     return found, before
 
 

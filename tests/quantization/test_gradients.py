@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -317,7 +318,29 @@ def test_a_linear_that_no_gradient_reaches_is_refused(
 
     monkeypatch.setattr(modeling_llama.LlamaMLP, "forward", cut)
     error = refused(tmp_path, save_model(tmp_path / "model"))
-    assert "no gradient reaches the outputs of `model.layers.2.mlp." in str(error)
+    parts = [f"`model.layers.2.mlp.{part}_proj`" for part in ("down", "gate", "up")]
+    assert str(error).endswith(f"but no gradient reaches the outputs of {', '.join(parts)}")
+
+
+@pytest.mark.filterwarnings("ignore")  # the warnings of transformers do not matter here
+def test_layers_that_only_choose_tokens_can_be_kept(tmp_path: Path) -> None:
+    model = save(build("deepseek_v32"), tmp_path / "model")
+    settings = {"unfit": "keep", "moe_uncovered": "rtn"}
+    error = refused(tmp_path, model, **settings)
+    assert error.hint is not None
+    (rule,) = re.findall(r"--dynamic '(.*)'", error.hint)
+    assert "indexer" in rule
+    _, result = quantize(tmp_path, model, **(SETTINGS | settings), dynamic={rule: {}})
+    assert any(layer.loss_ratio is not None for layer in result.layers)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_model_that_rescales_its_weights_in_place_has_gradients(tmp_path: Path) -> None:
+    model = save(build("rwkv"), tmp_path / "model")
+    sums, energies = written(model, tmp_path / "out", unfit="keep")
+    assert sums.keys() <= energies.keys()
+    for name, found in sums.items():
+        assert float(found.trace()) > 0, name
 
 
 @pytest.mark.filterwarnings("ignore")  # the warnings of transformers do not matter here
