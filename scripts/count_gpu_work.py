@@ -51,9 +51,12 @@ from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.events import BlockFinished, BlockStarted, Event
 from gptq_cli.planning.checks import RunOptions, prepare_run
 from gptq_cli.planning.device_rates import H100, DeviceRates, described
+from gptq_cli.planning.estimate import gradient_tokens
 from gptq_cli.planning.plan import refine_plan
+from gptq_cli.planning.run_plan import LayerPlan
 from gptq_cli.quantization import run as quantize_run
 from gptq_cli.quantization.block_loop import quantize_all_blocks
+from gptq_cli.quantization.gradients import SummedGradients
 from gptq_cli.quantization.run_state import (
     BatchState,
     FinishedBlocks,
@@ -69,7 +72,7 @@ from gptq_cli.runtime.ranks import SINGLE_PROCESS
 from tests.counting_gpu import CountingGpu, Operation, counting_gpu
 from tests.families import text_file
 
-PRESETS = ("gptq", "balanced", "best")
+PRESETS = ("gptq", "balanced", "best", "max")
 BLOCKS = 2  # the first one runs once more, to show its stages; the last one is counted
 MEMORY = 80 * 10**9  # bytes of the device, unless `--memory` names others
 
@@ -232,6 +235,20 @@ class NoStore:
         del block, batches
 
 
+class NoGradientStore:
+    """Stands for the sums of a pass for gradients, over `tokens` tokens, which is not counted."""
+
+    def __init__(self, tokens: int) -> None:
+        self.tokens = tokens
+
+    def read(self, layer: LayerPlan) -> torch.Tensor:
+        return torch.zeros(layer.out_features, layer.out_features)
+
+    def energies(self, layers: Sequence[LayerPlan]) -> torch.Tensor:
+        del layers
+        return torch.ones(self.tokens)
+
+
 def count(
     shape: Shape, rates: DeviceRates, *, memory: int = MEMORY, **settings: Any
 ) -> dict[str, Any]:
@@ -287,10 +304,20 @@ def quantize_counted(
         batches = ids.split(config.batch_size)
         run = Run(config, plan, stream, SINGLE_PROCESS, batches, Record(report), Limits(config))
         run.saved = FinishedBlocks(SINGLE_PROCESS, plan.n_steps, NoStore())
+        if plan.loss_aware:
+            run.gradients = gradients_of(run)
         with CheckpointWriter(output, plan.layout) as writer:
             run.keep = partial(quantize_run._write_layers, writer, plan.packing)
             quantize_all_blocks(run)
     return started_at[0]
+
+
+def gradients_of(run: Run) -> SummedGradients:
+    """Return gradients that are read as those of a pass that is complete."""
+    tokens = gradient_tokens(run.plan, run.config)
+    store: Any = NoGradientStore(tokens)
+    sizes = [len(batch.flatten()) for batch in run.batches]
+    return SummedGradients(SINGLE_PROCESS, run.stream.device, store, tokens, sizes)
 
 
 def figures(clock: Clock, peak: int, least: dict[str, float]) -> dict[str, Any]:

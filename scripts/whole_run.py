@@ -11,6 +11,8 @@ saving    hidden states are written for a run that resumes, in a twentieth of th
 beside    while blocks are quantized, a thread copies the tensors that are not quantized, makes the
           output durable, reads it back and hashes it: what of this takes longer than the blocks
 verify    the tensors of the last block are made durable, and are read back one by one
+gradients a loss-aware run takes gradients first: it reads the model twice, meanwhile computes, and
+          writes and hashes what it keeps
 manifest  one thread hashes the rest of a file, from the first tensor of the last block on
 """
 
@@ -30,6 +32,7 @@ from gptq_cli.planning.estimate import (
     beside_seconds,
     estimate_time,
     fixed_seconds,
+    gradient_seconds,
     saving_seconds,
 )
 from gptq_cli.planning.plan import plan_run
@@ -52,6 +55,9 @@ def whole_run(
         beside = max(0.0, beside_seconds(plan, known) - blocks)
         parts = {"blocks": blocks, "beside": beside, **fixed_seconds(plan, known)}
         parts["saving"] = saving_seconds(plan, config, known, blocks)
+        if plan.loss_aware:
+            passing = gradient_seconds(plan, config, known)
+            parts["gradients"] = max(passing.working, passing.reading) + passing.saving
         cached = fixed_seconds(plan, replace(known, kernels=rates.cached_kernel_seconds))
         planned = estimate_time(plan, config, replace(known, network=float("inf")))
     seconds = sum(parts.values())

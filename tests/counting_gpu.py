@@ -60,6 +60,8 @@ PARTS = {
     "solver.quantized_linear.energies_by_expert": "errors",
     "solver.quantized_linear.small_scales": "errors",
     "solver.quantized_linear.check_decoded": "errors",
+    "solver.two_sided": "rows",
+    "quantization.gradients": "copy",
     "quantization.layers": "put back",
     "quantization.routed_experts": "hessian",
     "quantization.run._write_layers": "pack",

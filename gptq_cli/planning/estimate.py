@@ -789,24 +789,28 @@ class Calibration:
 
 def estimate_time(plan: RunPlan, config: QuantizeConfig, rates: Rates) -> Seconds:
     """Estimate how long the run takes on one device with these rates."""
+    text = _calibration(plan, config)
+    seconds = estimate_seconds(plan.layers, text, 1, plan.source.nbytes, rates)
+    if plan.loss_aware:
+        seconds = seconds.plus(gradient_seconds(plan, config, rates))
+    saving = saving_seconds(plan, config, rates, seconds.working)
+    fixed = sum(fixed_seconds(plan, rates).values())
+    return seconds.plus(Seconds(beside=beside_seconds(plan, rates), saving=saving, fixed=fixed))
+
+
+def _calibration(plan: RunPlan, config: QuantizeConfig) -> Calibration:
     seqlen, hidden = bounded(config, plan.source).seqlen, _hidden_size(plan)
     declared = plan.source.text_config
     experts_per_token = declared.get("num_experts_per_tok") or declared.get("top_k")
     if not isinstance(experts_per_token, int):
         experts_per_token = 1
-    text = Calibration(
+    return Calibration(
         tokens=config.nsamples * seqlen,
         experts_per_token=experts_per_token,
         batches=math.ceil(config.nsamples / config.batch_size),
         state_bytes=hidden * _forward_bits(plan, config) // 8,
         features=hidden,
     )
-    seconds = estimate_seconds(plan.layers, text, 1, plan.source.nbytes, rates)
-    if plan.loss_aware:
-        seconds = seconds.plus(_gradient_seconds(plan, config, text, rates))
-    saving = saving_seconds(plan, config, rates, seconds.working)
-    fixed = sum(fixed_seconds(plan, rates).values())
-    return seconds.plus(Seconds(beside=beside_seconds(plan, rates), saving=saving, fixed=fixed))
 
 
 def saving_seconds(plan: RunPlan, config: QuantizeConfig, rates: Rates, working: float) -> float:
@@ -876,18 +880,17 @@ def _hashing_seconds(files: Iterable[int], rates: Rates) -> float:
     return max(sum(sizes), in_one_thread) / rates.hashes
 
 
-def _gradient_seconds(
-    plan: RunPlan, config: QuantizeConfig, text: Calibration, rates: Rates
-) -> Seconds:
+def gradient_seconds(plan: RunPlan, config: QuantizeConfig, rates: Rates) -> Seconds:
     """Estimate the time of the pass for gradients.
 
     It reads the blocks twice and runs them forward twice; a pass back through a linear takes as
-    much as one forward, because weights get no gradients.
+    much as one forward, because weights get no gradients. What it keeps is written and hashed
+    between blocks.
     """
     tokens = gradient_tokens(plan, config)
     whole = estimate_seconds(
         [replace(layer, config=None) for layer in plan.layers],
-        replace(text, tokens=tokens),
+        replace(_calibration(plan, config), tokens=tokens),
         1,
         2 * plan.source.nbytes,
         rates,
@@ -899,7 +902,10 @@ def _gradient_seconds(
             sums += hessian_cost(layer.out_features, tokens)
     at_the_end = 2 * head * tokens / rates.forward
     forward = 3 * whole.forward + at_the_end
-    return Seconds(forward=forward, hessian=sums / rates.hessian, reading=whole.reading)
+    kept = gradient_disk(plan, config)
+    saving = kept / rates.writes + kept * rates.hash_threads / rates.hashes
+    hessian = sums / rates.hessian
+    return Seconds(forward=forward, hessian=hessian, reading=whole.reading, saving=saving)
 
 
 def estimate_seconds(

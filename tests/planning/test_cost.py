@@ -33,6 +33,7 @@ from gptq_cli.planning.estimate import (
     expert_cost,
     experts_at_once,
     fixed_seconds,
+    gradient_seconds,
     saving_seconds,
     solve_cost,
     total,
@@ -330,6 +331,18 @@ def test_files_are_written_read_and_hashed_beside_the_blocks(tmp_path: Path) -> 
     long = estimate_time(plan, settings, replace(rates, writes=1e-9))
     copying = written * 1e9 + 4 * hashed / 8
     assert long.total == pytest.approx(copying + long.saving + long.fixed)
+
+
+def test_the_pass_for_gradients_writes_and_hashes_what_it_keeps(tmp_path: Path) -> None:
+    settings = config(nsamples=6, seqlen=64, loss_aware=True)
+    plan = plan_run(save_model(tmp_path / "model", intermediate_size=192), settings)
+    tokens, layers = 6 * 64, 7
+    kept = 3 * 4 * (tokens * (64 + layers) + 128**2 + 4 * 64**2)
+    rates = replace(ONE, hashes=8.0, hash_threads=4, writes=2.0)
+    passing = gradient_seconds(plan, settings, rates)
+    assert passing.saving == kept / 2 + 4 * kept / 8
+    states = estimate_time(plan, settings, rates).saving - passing.saving
+    assert states == saving_seconds(plan, settings, rates, math.inf) == 3 * 4 * tokens * 64 / 2
 
 
 def test_the_cost_model_takes_half_the_operations_of_an_h100() -> None:
