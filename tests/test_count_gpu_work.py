@@ -326,6 +326,7 @@ def test_a_whole_run_is_its_blocks_and_what_is_around_them(script: ModuleType) -
     assert (slow["parts"].pop("beside"), quick["parts"].pop("beside") > 0) == (0, True)
     assert slow["parts"] == quick["parts"]
     assert slow["parts"]["start"] == script.H100.import_seconds
+    assert "gradients" not in slow["parts"]
     around = sum(slow["parts"].values())
     assert slow["run_seconds"] == pytest.approx(6.0 + saved + around)
     assert quick["run_seconds"] > around
@@ -339,11 +340,25 @@ def test_a_whole_run_is_its_blocks_and_what_is_around_them(script: ModuleType) -
     assert last.endswith(f" compiled: {slow['cached_seconds']:.0f} s (estimated)")
 
 
+def test_a_whole_run_with_gradients_takes_them_first(script: ModuleType) -> None:
+    shape = script.SHAPES["tiny"]
+    settings: dict[str, Any] = {"bits": 4, "group_size": 32, "nsamples": 4}
+    plain = script.whole_run(shape, QuantizeConfig(**settings), script.H100, 3.0)
+    aware = QuantizeConfig(loss_aware=True, **settings)
+    found = script.whole_run(shape, aware, script.H100, 3.0)
+    passing = found["parts"]["gradients"]
+    # States of 8192 tokens before two blocks are written and hashed.
+    states = 2 * 8192 * 128 * 2
+    assert passing > states / script.H100.disk_writes + states / script.H100.hashes
+    assert found["run_seconds"] == pytest.approx(plain["run_seconds"] + passing)
+
+
 # Seconds of a block as `count_gpu_work.py` counts them, which takes too long for a test
 COUNTED = {
     ("llama-3-8b", "gptq"): 0.494,
     ("llama-3-8b", "balanced"): 0.608,
     ("llama-3-8b", "best"): 1.132,
+    ("llama-3-8b", "max"): 5.392,
     ("qwen3-30b-a3b", "gptq"): 0.428,
     ("qwen3-30b-a3b", "balanced"): 0.597,
     ("qwen3-30b-a3b", "best"): 0.967,

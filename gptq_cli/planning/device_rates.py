@@ -90,6 +90,11 @@ class DeviceRates:
     sweep_seconds: float = _rate(
         0.026e-9, "the same for a sweep of refinement: counted 0.024e-9 and 0.028e-9"
     )
+    row_turn_seconds: float = _rate(
+        1.33e-6,
+        "seconds of a column of each 32 rows that are rounded and refined with gradients: counted "
+        "for 8B, where 0.63e-6 are rounding, 0.60e-6 refinement and 0.10e-6 products along rows",
+    )
     followed_seconds: float = _rate(
         0.175e-9, "the same for a weight that follows the unquantized model"
     )
@@ -145,6 +150,7 @@ def cost_model(rates: DeviceRates, config: LayerConfig) -> Rates:
         expert_states=rates.memory / rates.expert_state_bytes,
         followed=1 / rates.followed_seconds,
         turn=rates.column,
+        row_turn=rates.row_turn_seconds,
         copies=rates.pinned_copy,
         network=rates.between_devices,
         disk=rates.disk,

@@ -44,6 +44,7 @@ TOKENS_PER_CHUNK = 1024  # of the inputs that the Hessian takes in float32 at a 
 # The shift takes more tokens at a time on an accelerator: inputs and differences, whole and split
 TOKENS_OF_A_SHIFT, BYTES_OF_A_SHIFT = 4096, 14
 FLOAT, HALF, CODE = 4, 2, 1  # bytes
+ROWS_WITH_GRADIENTS = 32  # that loss-aware rounding takes at a time, as `ROW_BLOCK` of the solver
 
 HESSIAN_SHARE = 9 / 16  # of a full product, as the Hessian is symmetric
 SAVING_SHARE = 1 / 20  # of the time, for saving hidden states
@@ -691,7 +692,8 @@ class Rates:
     None. `states` and `expert_states` count numbers that enter or leave linears, and those of
     experts, in passes over memory beside the products; `columns` weights that are rounded once,
     and `followed` weights that are corrected, beside their products. `turn` are seconds of a
-    column in kernels that take columns in turn.
+    column in kernels that take columns in turn, and `row_turn` those of a column of each block of
+    rows that is rounded and refined with gradients.
 
     `disk` counts bytes read, `writes` bytes written and made durable, `copies` bytes between host
     and device, and `network` bytes sent to other devices. `hashes` are bytes that `hash_threads`
@@ -716,6 +718,7 @@ class Rates:
     expert_states: float = math.inf
     followed: float = math.inf
     turn: float = 0.0
+    row_turn: float = 0.0
     copies: float = math.inf
     writes: float = math.inf
     hashes: float = math.inf
@@ -1009,6 +1012,9 @@ def _seconds_of_weights(layers: Sequence[LayerPlan], parts: int, rates: Rates) -
     seconds = sweeps * weights / rates.columns + turns * rates.turn + nbytes / rates.copies
     if config.follows_original:
         seconds += weights / rates.followed
+    for layer in layers:
+        if layer.sums_gradients:
+            seconds += math.ceil(layer.out_features / ROWS_WITH_GRADIENTS) * n * rates.row_turn
     return seconds
 
 

@@ -22,6 +22,7 @@ from gptq_cli.planning.device_rates import (
     n_candidates,
 )
 from gptq_cli.planning.estimate import (
+    ROWS_WITH_GRADIENTS,
     WIDE_FACTOR,
     Calibration,
     Rates,
@@ -44,6 +45,7 @@ from gptq_cli.runtime.rates import measure_rates
 from gptq_cli.solver.factor import BLOCKED_FROM
 from gptq_cli.solver.grid import SHRINKS
 from gptq_cli.solver.hessian import CUDA_PANEL
+from gptq_cli.solver.two_sided import ROW_BLOCK
 from tests.families import save_model
 from tests.quantization.test_routed_experts import save_mixture
 from tests.runs import config
@@ -331,6 +333,16 @@ def test_files_are_written_read_and_hashed_beside_the_blocks(tmp_path: Path) -> 
     long = estimate_time(plan, settings, replace(rates, writes=1e-9))
     copying = written * 1e9 + 4 * hashed / 8
     assert long.total == pytest.approx(copying + long.saving + long.fixed)
+
+
+def test_rows_with_gradients_take_their_columns_in_turn() -> None:
+    quick = replace(ONE, row_turn=0.5)
+    aware = linear("a.o_proj", 80, 64, LayerConfig(loss_aware=True))
+    assert ROWS_WITH_GRADIENTS == ROW_BLOCK == 32
+    more = estimate_seconds([aware], TEXT, 1, 0, quick).solve
+    assert more - estimate_seconds([aware], TEXT, 1, 0, ONE).solve == 3 * 64 * 0.5
+    wide = linear("a.up_proj", 160, 64, LayerConfig(loss_aware=True))  # which sums no gradients
+    assert estimate_seconds([wide], TEXT, 1, 0, quick) == estimate_seconds([wide], TEXT, 1, 0, ONE)
 
 
 def test_the_pass_for_gradients_writes_and_hashes_what_it_keeps(tmp_path: Path) -> None:
