@@ -31,7 +31,7 @@ from gptq_cli.events import PhaseStarted, Report, ignore
 from gptq_cli.json_values import to_json
 from gptq_cli.planning.run_plan import bounded_seqlen
 from gptq_cli.quantization.run_state import Record
-from gptq_cli.runtime.device import report_device, resolve_device
+from gptq_cli.runtime.device import report_device, report_slow_dtype, resolve_device
 from gptq_cli.runtime.memory import device_errors
 from gptq_cli.runtime.open_model import resolve_backend, warn_of
 
@@ -109,6 +109,8 @@ def evaluate_perplexity(model: str, request: EvalRequest, report: Report = ignor
     with torch.inference_mode(), device_errors():
         windows, documents = _windows(checkpoints[0], request, record)
         batches = list(windows.ids.split(request.batch_size))
+        tokens = windows.ids.numel()
+        report_slow_dtype(device, request.dtype, checkpoints[0], tokens, record)
         for checkpoint in checkpoints:
             runs.append(
                 run_blocks(

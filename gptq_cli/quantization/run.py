@@ -82,7 +82,12 @@ from gptq_cli.quantization.resume import (
     reporting_kept_work,
 )
 from gptq_cli.quantization.run_state import FinishedBlocks, Limits, Record, Run, SavingTimes
-from gptq_cli.runtime.device import report_device, settle_kernels, with_kernels
+from gptq_cli.runtime.device import (
+    report_device,
+    report_slow_dtype,
+    settle_kernels,
+    with_kernels,
+)
 from gptq_cli.runtime.memory import Memory, device_errors
 from gptq_cli.runtime.open_model import STORED_DTYPES, open_stream
 from gptq_cli.runtime.ranks import Ranks, Worker
@@ -185,6 +190,8 @@ def carry_out(
         device_errors(),
     ):
         report_device(worker.device, config.device, record, ranks.size)
+        tokens = config.nsamples * config.seqlen
+        report_slow_dtype(worker.device, config.dtype, source, tokens, record)
         refuse_wrong_numbers(source)
         stream = _open_stream(prepared, worker)
         for code, text in prepared.warnings:

@@ -6,12 +6,15 @@ So a run can begin this launch, which compiles kernels, before it imports transf
 from __future__ import annotations
 
 import os
+import platform
 import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
+from gptq_cli.checkpoint.decoded import forward_dtype
+from gptq_cli.checkpoint.source import Checkpoint
 from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.errors import InputError, counted
 from gptq_cli.events import PhaseStarted, Report, Warned
@@ -20,6 +23,8 @@ from gptq_cli.runtime.ranks import SINGLE_PROCESS, Worker
 from gptq_cli.solver import numerics
 
 DEV = Path("/dev")
+# Tokens times bytes of the model: in 16 bits on a slow CPU about 20 seconds of one core
+LONG_RUN = 2 * 10**11
 
 
 def resolve_device(device: str) -> torch.device:
@@ -64,6 +69,28 @@ def report_device(device: torch.device, asked: str, report: Report, n_processes:
         if torch.version.cuda is None:
             reason = "install a torch that is built for CUDA"
         report(Warned("W_DEVICE_UNUSED", f"{text}, so the CPU does the work; {reason}"))
+
+
+def report_slow_dtype(
+    device: torch.device, asked: str, checkpoint: Checkpoint, tokens: int, report: Report
+) -> None:
+    """Report W_SLOW_DTYPE if the model runs in 16 bits on a CPU that multiplies these slowly.
+
+    Short runs get no warning, nor does a user who has `asked` for a dtype other than "auto".
+    """
+    dtype = forward_dtype(checkpoint, asked)
+    if asked != "auto" or device.type != "cpu" or dtype == "float32":
+        return
+    if not _multiplies_16_bits_slowly() or tokens * checkpoint.nbytes < LONG_RUN:
+        return
+    text = f"this CPU has no instructions for {dtype}, the dtype of the model, so forwards are slow"
+    report(Warned("W_SLOW_DTYPE", f"{text}; --dtype float32 is faster, but takes more memory"))
+
+
+def _multiplies_16_bits_slowly() -> bool:
+    """Return whether torch converts numbers of 16 bits one by one, as on x86 without AVX-512."""
+    is_x86 = platform.machine().lower() in ("x86_64", "amd64")
+    return is_x86 and not torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 
 
 def _has_nvidia_gpu() -> bool:

@@ -5,6 +5,7 @@ Kernels are absent, because code that is compiled for a GPU cannot be simulated.
 
 from __future__ import annotations
 
+import platform
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -29,13 +30,13 @@ from gptq_cli.quantization.layers import Inputs
 from gptq_cli.quantization.run import quantize_checkpoint
 from gptq_cli.runtime import device as device_of_run
 from gptq_cli.runtime import memory, open_model
-from gptq_cli.runtime.device import report_device, resolve_device
+from gptq_cli.runtime.device import LONG_RUN, report_device, report_slow_dtype, resolve_device
 from gptq_cli.runtime.memory import Memory
 from gptq_cli.runtime.open_model import HiddenStates, open_stream
 from gptq_cli.solver import numerics
 from gptq_cli.solver.hessian import HessianAccumulator
 from tests.families import save_model, text_file
-from tests.runs import config, digest
+from tests.runs import config, digest, messages
 from tests.simulated_gpu import SimulatedGpu, simulated_gpu
 
 pytestmark = pytest.mark.skipif(
@@ -289,3 +290,60 @@ def test_a_gpu_that_torch_cannot_use_is_a_warning(
     assert told() == expected
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert told() == []
+
+
+@pytest.mark.parametrize(
+    ("capability", "machine", "asked", "tokens", "warns"),
+    [
+        ("AVX2", "x86_64", "auto", LONG_RUN, True),
+        ("DEFAULT", "AMD64", "auto", LONG_RUN, True),
+        ("AVX512", "x86_64", "auto", LONG_RUN, False),
+        ("DEFAULT", "aarch64", "auto", LONG_RUN, False),
+        ("AVX2", "x86_64", "bfloat16", LONG_RUN, False),
+        ("AVX2", "x86_64", "float32", LONG_RUN, False),
+        ("AVX2", "x86_64", "auto", 1, False),
+    ],
+)
+def test_a_cpu_without_instructions_for_16_bits_is_a_warning(
+    capability: str,
+    machine: str,
+    asked: str,
+    tokens: int,
+    warns: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(platform, "machine", lambda: machine)
+    model = open_checkpoint(save_model(tmp_path / "model", dtype=torch.bfloat16))
+    events: list[Event] = []
+    report_slow_dtype(torch.device("cpu"), asked, model, tokens, events.append)
+    codes = [event.code for event in events if isinstance(event, Warned)]
+    assert codes == ["W_SLOW_DTYPE"] * warns
+
+
+def test_a_model_in_float32_is_not_slow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    model = open_checkpoint(save_model(tmp_path / "model", dtype=torch.float32))
+    report_slow_dtype(torch.device("cpu"), "auto", model, LONG_RUN, not_called)
+    report_slow_dtype(torch.device("cuda", 0), "auto", model, LONG_RUN, not_called)
+
+
+def not_called(event: Event) -> None:
+    raise AssertionError(event)
+
+
+def test_a_run_and_an_evaluation_ask_how_fast_16_bits_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(device_of_run, "LONG_RUN", 1)
+    model = save_model(tmp_path / "model", dtype=torch.bfloat16)
+    events: list[Event] = []
+    settings = config(dtype="auto", device="cpu")
+    done = quantize_checkpoint(str(model), tmp_path / "out", settings, report=events.append)
+    assert len(messages(events, "W_SLOW_DTYPE")) == 1
+    request = EvalRequest(dataset=text_file(), seqlen=16, max_windows=2, device="cpu")
+    evaluate_perplexity(str(done.output), request, events.append)
+    assert len(messages(events, "W_SLOW_DTYPE")) == 2
