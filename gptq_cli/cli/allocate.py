@@ -16,7 +16,7 @@ from gptq_cli.cli.console import (
     time_line,
     with_engines,
 )
-from gptq_cli.cli.quantize import SETTINGS, launch_processes, working
+from gptq_cli.cli.launch import launch_processes, working
 from gptq_cli.config.fields import Panel, seconds
 from gptq_cli.config.layer import BITS
 from gptq_cli.config.resolve import resolve
@@ -51,7 +51,7 @@ Overwrite = Annotated[
 ]
 
 
-@o.takes_settings(*SETTINGS)
+@o.takes_settings(*o.run_settings())
 def allocate(
     model: o.Model,
     *,

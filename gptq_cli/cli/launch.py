@@ -7,7 +7,7 @@ import re
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
@@ -15,9 +15,12 @@ from typing import TYPE_CHECKING, NoReturn
 import typer
 
 from gptq_cli.cli.console import Console, log, report_problems
+from gptq_cli.cli.progress import Progress
 from gptq_cli.errors import ConfigError, GptqError, ResourceError, Stopped
+from gptq_cli.events import Report, ignore
 
 if TYPE_CHECKING:
+    from gptq_cli.planning.checks import PreparedRun
     from gptq_cli.runtime.ranks import Worker
 
 # Ctrl-C, `kill` and schedulers, a closed terminal, a limit of CPU time, Slurm's --signal
@@ -164,6 +167,61 @@ def joined_worker(device: str, devices: list[str], *, as_json: bool) -> Iterator
     except BaseException:
         log.muted = False
         raise
+
+
+@contextmanager
+def working(
+    console: Console, prepared: PreparedRun, devices: list[str]
+) -> Iterator[tuple[Worker, Report]]:
+    """Yield the place of this process in the run, and a receiver of events that shows progress.
+
+    On a GPU the first launch of kernels has begun, so the body imports transformers while they
+    compile. Of several processes only the first one shows progress. Signals stop the body.
+    """
+    device = prepared.config.device
+    with (
+        stoppable(console),
+        joined_worker(device, devices, as_json=console.as_json) as worker,
+        ExitStack() as stack,
+    ):
+        report: Report = ignore
+        if worker.team.is_leader:
+            report = stack.enter_context(Progress(console))
+        from gptq_cli.runtime.device import with_kernels
+
+        yield with_kernels(worker, prepared.config), report
+
+
+def launch_processes(
+    console: Console, prepared: PreparedRun, devices: list[str], directory: Path
+) -> None:
+    """Run the command once for each of several `devices`, in `directory`, and exit.
+
+    Return if there are not several, or if this process is one of theirs.
+    """
+    from gptq_cli.planning.checks import check_shares, check_sharing
+
+    if len(devices) > 1 and not is_one_of_several():
+        check_sharing(prepared.plan.source, len(devices))
+        check_shares(_n_batches(prepared, len(devices)), len(devices))
+        sys.exit(launch(devices, as_json=console.as_json, directory=directory))
+
+
+def _n_batches(prepared: PreparedRun, n_processes: int) -> int:
+    """Return the number of calibration batches.
+
+    Chats with images are batches of their own, and only windows of one length share a batch. If the
+    settings alone give too few batches for the processes, the text is read to count them.
+    """
+    config = prepared.config
+    n_batches = -(-config.nsamples // config.batch_size)
+    if n_batches >= n_processes:
+        return n_batches
+    from gptq_cli.quantization.run import calibrate
+    from gptq_cli.runtime.ranks import SINGLE_PROCESS
+
+    calibration = calibrate(prepared.plan.source, config, ignore, SINGLE_PROCESS)
+    return len(calibration.windows.batches(config.batch_size))
 
 
 def launch(devices: list[str], *, as_json: bool, directory: Path) -> int:

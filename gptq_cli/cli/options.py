@@ -33,6 +33,14 @@ def configurable_fields() -> list[str]:
     return [name for name in QuantizeConfig.model_fields if _option_of(name) is not None]
 
 
+def run_settings() -> list[str]:
+    """Return the fields of `configurable_fields` that concern a run.
+
+    The kernel that runs quantized linears matters only when a checkpoint is evaluated.
+    """
+    return [name for name in configurable_fields() if name != "backend"]
+
+
 def takes_settings(*fields: str) -> Callable[[Command], Command]:
     """Mark a command as having an option for each of `fields`, passed to it as `settings`."""
 

@@ -9,7 +9,7 @@ from typing import Annotated
 from gptq_cli.cli import options as o
 from gptq_cli.cli.console import Console
 from gptq_cli.cli.plan_view import show_plan
-from gptq_cli.cli.quantize import EVERYDAY, SETTINGS
+from gptq_cli.cli.quantize import EVERYDAY
 from gptq_cli.config.fields import AUTO, Panel
 from gptq_cli.config.resolve import Resolved, resolve
 from gptq_cli.planning.plan import USUAL_GROUP_SIZES
@@ -35,7 +35,7 @@ Devices = Annotated[
 
 
 @o.shows_first("model", *EVERYDAY, "time")
-@o.takes_settings(*SETTINGS)
+@o.takes_settings(*o.run_settings())
 def plan(
     model: o.Model,
     *,

@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 import os
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -20,18 +19,15 @@ from gptq_cli.cli.console import Console, engine_lines, fitted, on_one_line, tim
 from gptq_cli.cli.launch import (
     is_first_here,
     is_leader,
-    is_one_of_several,
-    joined_worker,
-    launch,
+    launch_processes,
     parse_devices,
-    stoppable,
+    working,
 )
 from gptq_cli.cli.progress import Progress
 from gptq_cli.config.resolve import Resolved, resolve, to_yaml
 from gptq_cli.config.schema import NO_LORA, QuantizeConfig
 from gptq_cli.config.serving import LOADS
 from gptq_cli.errors import ConfigError, GptqError, InputError, shell_word, shell_words, size
-from gptq_cli.events import Report, ignore
 from gptq_cli.files import is_directory, resolved
 
 if TYPE_CHECKING:
@@ -41,11 +37,8 @@ if TYPE_CHECKING:
     from gptq_cli.events import LayerReport
     from gptq_cli.planning.checks import PreparedRun, RunOptions
     from gptq_cli.quantization.run import QuantizeResult
-    from gptq_cli.runtime.ranks import Worker
 
 
-# The kernel that runs quantized linears matters only when a checkpoint is evaluated.
-SETTINGS = [name for name in o.configurable_fields() if name != "backend"]
 SERVING = {  # commands of engines; the first one that loads the output is shown
     "vllm": "vllm serve {}",
     "sglang": "python -m sglang.launch_server --model-path {}",
@@ -62,7 +55,7 @@ Directory = Annotated[
 
 
 @o.shows_first("model", *EVERYDAY, "dry_run")
-@o.takes_settings(*SETTINGS)
+@o.takes_settings(*o.run_settings())
 def quantize(
     model: o.Model,
     *,
@@ -151,38 +144,6 @@ def _prepare(
     return prepare_run(model, output, start, options, writes=is_leader())
 
 
-def launch_processes(
-    console: Console, prepared: PreparedRun, devices: list[str], directory: Path
-) -> None:
-    """Run the command once for each of several `devices`, in `directory`, and exit.
-
-    Return if there are not several, or if this process is one of theirs.
-    """
-    from gptq_cli.planning.checks import check_shares, check_sharing
-
-    if len(devices) > 1 and not is_one_of_several():
-        check_sharing(prepared.plan.source, len(devices))
-        check_shares(_n_batches(prepared, len(devices)), len(devices))
-        sys.exit(launch(devices, as_json=console.as_json, directory=directory))
-
-
-def _n_batches(prepared: PreparedRun, n_processes: int) -> int:
-    """Return the number of calibration batches.
-
-    Chats with images are batches of their own, and only windows of one length share a batch. If the
-    settings alone give too few batches for the processes, the text is read to count them.
-    """
-    config = prepared.config
-    n_batches = -(-config.nsamples // config.batch_size)
-    if n_batches >= n_processes:
-        return n_batches
-    from gptq_cli.quantization.run import calibrate
-    from gptq_cli.runtime.ranks import SINGLE_PROCESS
-
-    calibration = calibrate(prepared.plan.source, config, ignore, SINGLE_PROCESS)
-    return len(calibration.windows.batches(config.batch_size))
-
-
 def _carry_out(
     console: Console,
     prepared: PreparedRun,
@@ -208,29 +169,6 @@ def _carry_out(
         result = carry_out(prepared, progress, worker)
     if worker.team.is_leader:
         _finish(console, result, prepared, with_page=with_page, evaluate=evaluate)
-
-
-@contextmanager
-def working(
-    console: Console, prepared: PreparedRun, devices: list[str]
-) -> Iterator[tuple[Worker, Report]]:
-    """Yield the place of this process in the run, and a receiver of events that shows progress.
-
-    On a GPU the first launch of kernels has begun, so the body imports transformers while they
-    compile. Of several processes only the first one shows progress. Signals stop the body.
-    """
-    device = prepared.config.device
-    with (
-        stoppable(console),
-        joined_worker(device, devices, as_json=console.as_json) as worker,
-        ExitStack() as stack,
-    ):
-        report: Report = ignore
-        if worker.team.is_leader:
-            report = stack.enter_context(Progress(console))
-        from gptq_cli.runtime.device import with_kernels
-
-        yield with_kernels(worker, prepared.config), report
 
 
 def _finish(

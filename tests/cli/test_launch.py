@@ -16,7 +16,7 @@ import pytest
 import torch
 import yaml
 
-from gptq_cli.cli import quantize
+from gptq_cli.cli import launch
 from gptq_cli.cli.console import log
 from gptq_cli.cli.launch import parse_devices
 from gptq_cli.errors import ConfigError, InputError, ResourceError
@@ -107,7 +107,7 @@ def test_each_chat_with_images_is_a_batch_to_share(
         started.append(names)
         return 0
 
-    monkeypatch.setattr(quantize, "launch", note)
+    monkeypatch.setattr(launch, "launch", note)
     model = save_vision_model(tmp_path / "model", "gemma3")
     words = ["quantize", model, "-b4", "-g32", "--dataset", save_chats(tmp_path), "--nsamples=4"]
     result = gptq(*words, "-o", tmp_path / "out", "--devices", devices)
