@@ -36,8 +36,8 @@ def leave_out_current_directory() -> None:
 def main() -> None:
     """Run the command line and exit with its exit code."""
     leave_out_current_directory()
-    # The processes of --devices begin with the command that starts them.
-    os.environ.setdefault("_GPTQ_BEGAN", str(time.time()))
+    if "_GPTQ_LAUNCHER" not in os.environ:  # a process of --devices began with its launcher
+        os.environ["_GPTQ_BEGAN"] = str(time.time())
     # Threads that wait by spinning take cores from the threads that work as soon as another
     # process runs: a block took five times as long. OpenMP reads this once, when torch is loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

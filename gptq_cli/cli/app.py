@@ -30,7 +30,7 @@ from gptq_cli.cli.console import (
     write,
     write_result,
 )
-from gptq_cli.cli.launch import name_of
+from gptq_cli.cli.launch import end_process, name_of
 from gptq_cli.errors import (
     ConfigError,
     GptqError,
@@ -159,7 +159,7 @@ class Gptq(TyperGroup):
         finally:
             log.end()
         if standalone_mode:
-            sys.exit(code)
+            end_process(code)
         return code
 
 

@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -82,6 +83,19 @@ def _exit_now(code: int) -> NoReturn:
         os._exit(code)
 
 
+def end_process(code: int) -> NoReturn:
+    """End the process with `code`, without waiting for kernels that compile after a failure.
+
+    They may compile for half a minute. In this time another process of the run would be killed,
+    and Python would answer a second Ctrl-C with a traceback. All messages are flushed already.
+    """
+    from gptq_cli.runtime.processes import FIRST_KERNELS
+
+    if FIRST_KERNELS in [thread.name for thread in threading.enumerate()]:
+        _exit_now(code)
+    sys.exit(code)
+
+
 def name_of(exit_code: int) -> str:
     """Return the name of the signal for an exit code above 128."""
     return signal.Signals(exit_code - 128).name
@@ -152,11 +166,12 @@ def joined_worker(device: str, devices: list[str], *, as_json: bool) -> Iterator
     from gptq_cli.runtime.torchrun import ReportedByAnotherRank, joined
 
     def end(error: ResourceError | None) -> None:
+        if error is None:
+            _exit_now(REPORTED_ELSEWHERE)
         try:
-            if error is not None:
-                _report(error, as_json)
+            _report(error, as_json)
         finally:
-            _exit_now(ResourceError.exit_code)
+            _exit_now(error.exit_code)
 
     try:
         with joined(device, devices, end) as worker:

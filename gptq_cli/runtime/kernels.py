@@ -22,6 +22,7 @@ import torch
 from gptq_cli.config.layer import LayerConfig
 from gptq_cli.events import Report, Warned
 from gptq_cli.runtime.memory import gpu_lost, out_of_memory
+from gptq_cli.runtime.processes import FIRST_KERNELS
 from gptq_cli.runtime.ranks import Ranks
 from gptq_cli.solver.factor import prepare
 from gptq_cli.solver.numerics import WITHOUT_KERNELS, has_triton
@@ -41,8 +42,8 @@ class KernelTrial:
         # Modules that import each other are imported here, as the main thread goes on importing.
         self._try(partial(import_module, KERNELS))
         launch = partial(_launch, device, config)
-        # If the process ends, it waits for this thread: a daemon that compiles would abort it.
-        self._thread = Thread(target=self._try, args=(launch,), name="first kernels")
+        # If a program ends, it waits for this thread: a daemon that compiles would abort it.
+        self._thread = Thread(target=self._try, args=(launch,), name=FIRST_KERNELS)
         WITHOUT_KERNELS.discard(device.type)
         self._thread.start()
 

@@ -24,6 +24,7 @@ from gptq_cli.errors import ResourceError, Stopped
 MEETING, LAUNCHER = "_GPTQ_STORE", "_GPTQ_LAUNCHER"
 # Exit code of a process that ends because another one has failed and has reported the reason.
 REPORTED_ELSEWHERE = 76
+FIRST_KERNELS = "first kernels"  # name of the thread that compiles them
 PATIENCE = 30.0  # seconds that processes get to end after they were asked to
 POLL_SECONDS = 0.05
 LOOPBACK = ("lo", "lo0")

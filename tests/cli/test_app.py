@@ -25,6 +25,7 @@ from gptq_cli.errors import (
     Problem,
     ResourceError,
 )
+from gptq_cli.runtime.processes import LAUNCHER
 
 from .conftest import FakeQuantizer, Run
 
@@ -276,10 +277,10 @@ def test_the_processes_of_a_command_share_the_time_at_which_it_began(
     began: list[str] = []
     monkeypatch.setattr("gptq_cli.cli.app.app", lambda **_: began.append(os.environ[BEGAN]))
     monkeypatch.setattr("gptq_cli.__main__.time.time", lambda: 1000.5)
-    monkeypatch.setenv(BEGAN, "0")  # so that it is restored
-    monkeypatch.delenv(BEGAN)
+    monkeypatch.setenv(BEGAN, "yesterday")  # as a shell might pass it on
     main()
     monkeypatch.setattr("gptq_cli.__main__.time.time", lambda: 2000.5)
+    monkeypatch.setenv(LAUNCHER, "4711")
     main()  # as a process of --devices does
     assert began == ["1000.5", "1000.5"]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -9,6 +10,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
@@ -22,7 +25,7 @@ from gptq_cli.cli.launch import parse_devices
 from gptq_cli.errors import ConfigError, InputError, ResourceError
 from gptq_cli.quantization.run import quantize_checkpoint
 from gptq_cli.runtime import torchrun
-from gptq_cli.runtime.processes import LAUNCHER
+from gptq_cli.runtime.processes import LAUNCHER, REPORTED_ELSEWHERE
 from gptq_cli.runtime.torchrun import rank_lost
 from tests.disks import Killed
 from tests.families import save_model, text_file
@@ -195,6 +198,55 @@ def test_a_process_ends_with_its_launcher_and_the_first_one_reports(
     assert str(error) == "the process that started this run, 4711, was killed"
     assert (error.code, error.exit_code) == ("E_RANK_LOST", 5)
     assert error.hint == "the same command resumes after the last finished block"
+
+
+@pytest.mark.parametrize(("error", "code"), [(rank_lost([1], 2), 5), (None, REPORTED_ELSEWHERE)])
+def test_a_process_that_another_one_ends_leaves_the_exit_code_to_it(
+    error: ResourceError | None,
+    code: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    @contextmanager
+    def joined(_device: str, _devices: list[str], lost: torchrun.Lost) -> Iterator[None]:
+        lost(error)
+        yield
+
+    monkeypatch.setattr(torchrun, "joined", joined)
+    monkeypatch.setattr(launch, "_exit_now", sys.exit)
+    with (
+        pytest.raises(SystemExit) as caught,
+        launch.joined_worker("cpu", ["cpu", "cpu"], as_json=False),
+    ):
+        pass
+    assert caught.value.code == code
+    assert ("E_RANK_LOST" in capsys.readouterr().err) == (error is not None)
+
+
+def test_a_command_that_fails_does_not_wait_for_kernels_that_compile() -> None:
+    program = """if True:
+        import sys, threading, torch
+        from gptq_cli.cli.app import app
+        from gptq_cli.config.layer import LayerConfig
+        from gptq_cli.runtime import kernels
+
+        def launch(*_):
+            threading.main_thread().join()
+            print("compiled", flush=True)
+
+        kernels.has_triton = lambda: True
+        kernels.KERNELS = "gptq_cli.errors"
+        kernels._launch = launch
+        kernels.KernelTrial(torch.device("cpu"), LayerConfig())
+        sys.argv = ["gptq", "quantize", "--json"]
+        app()
+    """
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 2, done.stderr
+    assert "error[E_USAGE]" in done.stderr
+    (line,) = done.stdout.splitlines()
+    assert json.loads(line)["exit_code"] == 2
 
 
 def test_a_muted_process_prints_nothing(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
