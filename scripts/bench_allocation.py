@@ -1,16 +1,17 @@
 #!/usr/bin/env python3
 """Measure what allocation of bits is worth: KL at the bytes of one width, and between two widths.
 
-    python scripts/bench_allocation.py MODEL --calibration FILE --evaluation FILE --work DIR
-        [--widths 2 3 4] [--averages 2.5 3 3.5] [--group-size 64] [--autoround PYTHON]
-        [--json FILE] [--png FILE]
+    python scripts/bench_allocation.py MODEL --calibration FILE --evaluation FILE ... --work DIR
+        [--widths 2 3 4] [--averages 2.5 3 3.5] [--group-size 64] [--dtype auto]
+        [--autoround PYTHON] [--json FILE] [--png FILE]
 
 Allocates, quantizes and evaluates for each average of bits, and quantizes and evaluates with one
 width for all layers. With the Python of an environment that has auto-round, the widths that its
 search finds are quantized by gptq, too. Prints one JSON object for each run, then a table in
-Markdown. KL is the mean over held-out tokens of KL(original || quantized) in nats. `ratio` is the
-KL relative to the uniform width of the same bytes, or to the geometric mean of the two uniform
-widths beside the average. `measuring` and `quantizing` are seconds of processor time.
+Markdown. KL is the mean over held-out tokens of KL(original || quantized) in nats, for each text
+of evaluation; the chart shows the first one. `ratios` are KLs relative to the uniform width of the
+same bytes, or to the geometric mean of the two uniform widths beside the average. `measuring` and
+`quantizing` are seconds of processor time.
 """
 
 from __future__ import annotations
@@ -51,30 +52,28 @@ def quantized(arguments: argparse.Namespace, name: str, config: QuantizeConfig) 
     """Quantize and evaluate once; keep the result of an earlier call."""
     known = arguments.work / f"{name}.json"
     if known.exists():
-        row: dict[str, Any] = json.loads(known.read_text())
-        return row
+        earlier: dict[str, Any] = json.loads(known.read_text())
+        return earlier
     output = arguments.work / name
     started = time.process_time()
     done = quantize_checkpoint(str(arguments.model), output, config)
     seconds = time.process_time() - started
-    request = EvalRequest(
-        dataset=str(arguments.evaluation),
-        seqlen=arguments.seqlen,
-        batch_size=arguments.batch_size,
-        max_windows=arguments.windows,
-        device="cpu",
-        dtype="float32",
-        baseline=str(arguments.model),
-    )
-    found = evaluate_perplexity(str(output), request)
-    row = {
-        "name": name,
-        "bytes": done.bytes_after,
-        "kl": found.kl,
-        "top1": found.top1_agreement,
-        "perplexity": found.perplexity,
-        "quantizing": seconds,
-    }
+    row: dict[str, Any] = {"name": name, "bytes": done.bytes_after, "quantizing": seconds}
+    row |= {"kl": [], "top1": [], "perplexity": []}
+    for text in arguments.evaluation:
+        request = EvalRequest(
+            dataset=str(text),
+            seqlen=arguments.seqlen,
+            batch_size=arguments.batch_size,
+            max_windows=arguments.windows,
+            device="cpu",
+            dtype="float32",
+            baseline=str(arguments.model),
+        )
+        found = evaluate_perplexity(str(output), request)
+        row["kl"].append(found.kl)
+        row["top1"].append(found.top1_agreement)
+        row["perplexity"].append(found.perplexity)
     known.write_text(json.dumps(row))
     return row
 
@@ -87,6 +86,7 @@ def settings(arguments: argparse.Namespace, **changes: Any) -> QuantizeConfig:
         nsamples=arguments.nsamples,
         seqlen=arguments.seqlen,
         device="cpu",
+        dtype=arguments.dtype,
         preset=arguments.preset,
         **changes,
     )
@@ -117,36 +117,41 @@ def searched(arguments: argparse.Namespace, average: float) -> dict[str, Any]:
     return quantized(arguments, f"autoround-{average:g}", settings(arguments, dynamic=rules))
 
 
-def ratio_of(
+def ratios_of(
     arguments: argparse.Namespace, row: dict[str, Any], rows: list[dict[str, Any]]
-) -> float:
-    """Return the KL of a row relative to that of the uniform widths at the same average."""
+) -> list[float]:
+    """Return the KL of a row on each text relative to uniform widths with the same average."""
     uniform = {other["bits"]: other["kl"] for other in rows if other["kind"] == UNIFORM}
     below = max(width for width in arguments.widths if width <= row["bits"])
     above = min(width for width in arguments.widths if width >= row["bits"])
-    if below == above:
-        return float(row["kl"] / uniform[below])
-    share = (row["bits"] - below) / (above - below)
-    return float(row["kl"] / (uniform[below] ** (1 - share) * uniform[above] ** share))
+    share = 0.0
+    if above > below:
+        share = (row["bits"] - below) / (above - below)
+    ratios = []
+    for kl, narrow, wide in zip(row["kl"], uniform[below], uniform[above], strict=True):
+        ratios.append(kl / (narrow ** (1 - share) * wide**share))
+    return ratios
 
 
 def show(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
     """Print the table."""
     rows.sort(key=lambda row: (row["bits"], row["kind"] != UNIFORM, row["name"]))
-    print("\n| | bits | bytes | KL x 1000 | ratio | top-1 | perplexity |")
-    print("|---|---|---|---|---|---|---|")
+    print("\n| | bits | bytes | text | KL x 1000 | ratio | top-1 | perplexity |")
+    print("|---|---|---|---|---|---|---|---|")
     for row in rows:
-        row["ratio"] = ratio_of(arguments, row, rows)
-        cells = (
-            row["name"],
-            f"{row['bits']:g}",
-            f"{row['bytes']:,}",
-            f"{1000 * row['kl']:.2f}",
-            f"{row['ratio']:.2f}",
-            f"{100 * row['top1']:.1f}",
-            f"{row['perplexity']:.2f}",
-        )
-        print("| " + " | ".join(cells) + " |")
+        row["ratios"] = ratios_of(arguments, row, rows)
+        for number, text in enumerate(arguments.evaluation):
+            cells = (
+                row["name"],
+                f"{row['bits']:g}",
+                f"{row['bytes']:,}",
+                text.stem,
+                f"{1000 * row['kl'][number]:.2f}",
+                f"{row['ratios'][number]:.2f}",
+                f"{100 * row['top1'][number]:.1f}",
+                f"{row['perplexity'][number]:.2f}",
+            )
+            print("| " + " | ".join(cells) + " |")
 
 
 def draw(file: Path, rows: list[dict[str, Any]]) -> None:
@@ -163,9 +168,9 @@ def draw(file: Path, rows: list[dict[str, Any]]) -> None:
         if not points:
             continue
         sizes = [row["bytes"] / 1e6 for row in points]
-        axes.plot(sizes, [row["kl"] for row in points], "o-", color=colour, label=kind)
+        axes.plot(sizes, [row["kl"][0] for row in points], "o-", color=colour, label=kind)
         for row, x in zip(points, sizes, strict=True):
-            axes.annotate(f"{row['bits']:g}", (x, row["kl"]), (4, 4), textcoords="offset points")
+            axes.annotate(f"{row['bits']:g}", (x, row["kl"][0]), (4, 4), textcoords="offset points")
     axes.set(yscale="log", xlabel="size in MB", ylabel="KL to the original")
     axes.legend(frameon=False)
     figure.savefig(file, dpi=160)
@@ -195,14 +200,15 @@ def main() -> None:
     parser = benchmark_parser(__doc__)
     parser.add_argument("model", type=Path)
     parser.add_argument("--calibration", type=Path, required=True)
-    parser.add_argument("--evaluation", type=Path, required=True)
+    parser.add_argument("--evaluation", type=Path, nargs="+", required=True)
     parser.add_argument("--work", type=Path, required=True, help="directory of outputs, kept")
     parser.add_argument("--widths", type=int, nargs="*", default=[2, 3, 4])
     parser.add_argument("--averages", type=float, nargs="*", default=[2.5, 3, 3.5])
     parser.add_argument("--group-size", type=int, default=64)
     parser.add_argument("--nsamples", type=int, default=64)
     parser.add_argument("--seqlen", type=int, default=256)
-    parser.add_argument("--windows", type=int, help="of the evaluation text; default: all")
+    parser.add_argument("--windows", type=int, help="of each evaluation text; default: all")
+    parser.add_argument("--dtype", default="auto", help="of the runs; evaluations are in float32")
     parser.add_argument("--preset", default="balanced")
     parser.add_argument("--batch-size", type=int, default=16, help="of the evaluation")
     parser.add_argument("--autoround", metavar="PYTHON", help="of an environment with auto-round")
