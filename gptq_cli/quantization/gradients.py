@@ -252,7 +252,7 @@ class _Pass:
         words = f"{tokens:,} tokens"
         self.run.report(PhaseStarted("gradients", f"{words} forward"))
         states = self._forward(self._embedded())
-        self.run.report(PhaseStarted("gradients", f"{words} backward"))
+        self.run.report(PhaseStarted("gradients", f"{words} backward, from the output head on"))
         gradients = self._at_the_end(states, tokens)
         del states
         for index in reversed(range(self.stream.n_blocks)):

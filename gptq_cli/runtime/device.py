@@ -23,8 +23,8 @@ from gptq_cli.runtime.ranks import SINGLE_PROCESS, Worker
 from gptq_cli.solver import numerics
 
 DEV = Path("/dev")
-# Tokens times bytes of the model: in 16 bits on a slow CPU about 20 seconds of one core
-LONG_RUN = 2 * 10**11
+# Tokens times bytes of the model: in 16 bits on a slow CPU about 5 seconds of one core for a forward
+LONG_RUN = 5 * 10**10
 
 
 def resolve_device(device: str) -> torch.device:
@@ -46,7 +46,7 @@ def resolve_device(device: str) -> torch.device:
     if index >= count:
         raise InputError(
             "E_DEVICE",
-            f"no CUDA device {index}: torch {torch.__version__} sees {count}",
+            f"no CUDA device {index}: torch {torch.__version__} sees {counted(count, 'GPU')}",
             hint="use --device cpu, or look at `nvidia-smi` and CUDA_VISIBLE_DEVICES",
         )
     return torch.device("cuda", index)
