@@ -23,7 +23,7 @@ from gptq_cli.runtime.ranks import SINGLE_PROCESS, Worker
 from gptq_cli.solver import numerics
 
 DEV = Path("/dev")
-# Tokens times bytes of the model: in 16 bits on a slow CPU about 5 seconds of one core for a forward
+# Tokens times bytes of the model: a forward in 16 bits takes about 5 seconds of a slow core
 LONG_RUN = 5 * 10**10
 
 
