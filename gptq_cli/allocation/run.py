@@ -49,7 +49,7 @@ from gptq_cli.planning.run_plan import RunPlan, judge_plan
 from gptq_cli.quantization.resume import Identity
 from gptq_cli.quantization.run import Calibration, calibrate, identify_run, request_of
 from gptq_cli.quantization.run_state import Limits, Record, Run, SavingTimes
-from gptq_cli.runtime.device import report_device, settle_kernels, with_kernels
+from gptq_cli.runtime.device import report_device, report_slow_dtype, settle_kernels, with_kernels
 from gptq_cli.runtime.memory import Memory, device_errors
 from gptq_cli.runtime.open_model import DTYPES, open_stream
 from gptq_cli.runtime.ranks import Worker
@@ -189,6 +189,8 @@ def measure_model(
     ):
         if worker.team.is_leader:
             report_device(worker.device, goal.device, report, worker.team.size)
+            tokens = goal.nsamples * goal.seqlen
+            report_slow_dtype(worker.device, goal.dtype, prepared.plan.source, tokens, report)
             for code, text in prepared.warnings:
                 report(Warned(code, text))
         stream = _open(prepared, worker)

@@ -190,8 +190,9 @@ def carry_out(
         device_errors(),
     ):
         report_device(worker.device, config.device, record, ranks.size)
-        tokens = config.nsamples * config.seqlen
-        report_slow_dtype(worker.device, config.dtype, source, tokens, record)
+        if not prepared.allocated:  # the measurement has warned already
+            tokens = config.nsamples * config.seqlen
+            report_slow_dtype(worker.device, config.dtype, source, tokens, record)
         refuse_wrong_numbers(source)
         stream = _open_stream(prepared, worker)
         for code, text in prepared.warnings:

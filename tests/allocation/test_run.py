@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import platform
 from pathlib import Path
 
 import pytest
+import torch
 
 from gptq_cli import quantize
 from gptq_cli.events import BlockFinished, Event, Report, WorkKept
 from gptq_cli.quantization.run_state import SavingTimes
+from gptq_cli.runtime import device
 from tests.allocation.measuring import goal
 from tests.cli.conftest import run_gptq
 from tests.disks import Killed
 from tests.families import save_model
-from tests.runs import digest
+from tests.runs import digest, messages
 
 BLOCKS = 3
 
@@ -61,3 +64,18 @@ def test_a_killed_run_with_a_goal_writes_the_same_bytes(
     assert (out / "gptq_allocation.json").is_file()
     assert quantize(model, wanted, out).already_done
     assert not list(tmp_path.glob(".*.gptq-work"))
+
+
+def test_a_run_with_a_goal_warns_of_slow_16_bits_once_and_before_it_measures(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(device, "LONG_RUN", 1)
+    model = save_model(tmp_path / "model", dtype=torch.bfloat16)
+    events: list[Event] = []
+    wanted = goal(bits=2.5, dtype="auto", device="cpu")
+    quantize(model, wanted, tmp_path / "out", on_event=events.append)
+    assert len(messages(events, "W_SLOW_DTYPE")) == 1
+    measured = [type(event) for event in events].index(BlockFinished)
+    assert len(messages(events[:measured], "W_SLOW_DTYPE")) == 1
