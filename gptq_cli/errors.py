@@ -1,4 +1,4 @@
-"""Every expected failure as an exception, and the words for values in messages.
+"""Every expected failure as an exception, and how values are written in messages and in JSON.
 
 Each class of exceptions has one exit code; each raise has a code, a message and usually a hint. A
 `Finding` is a flaw in a set of values, whatever source gave them. The version is here too, because
@@ -12,12 +12,14 @@ import math
 import os
 import re
 import shlex
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass
 from difflib import get_close_matches
-from typing import TYPE_CHECKING, ClassVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, overload
 
 if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
     from typing_extensions import Self
 
 
@@ -281,3 +283,25 @@ def _escaped(letter: str) -> str:
     if letter.isprintable():
         return letter
     return "".join(f"\\x{byte:02x}" for byte in os.fsencode(letter))
+
+
+@overload
+def to_json(value: DataclassInstance) -> dict[str, Any]: ...
+@overload
+def to_json(value: object) -> Any: ...
+def to_json(value: Any) -> Any:
+    """Return `value` as JSON knows it: dataclasses become dicts, tuples lists, paths text.
+
+    A configuration becomes the dict that a configuration file would hold.
+    """
+    if is_dataclass(value):
+        return {field.name: to_json(getattr(value, field.name)) for field in fields(value)}
+    if isinstance(value, Mapping):
+        return {key: to_json(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return list(map(to_json, value))
+    if isinstance(value, Path):
+        return str(value)
+    if hasattr(value, "model_dump"):  # asked this way, since pydantic is slow to import
+        return value.model_dump(mode="json")
+    return value

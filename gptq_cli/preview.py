@@ -25,10 +25,9 @@ from gptq_cli.checkpoint.source import Checkpoint
 from gptq_cli.config.fields import AUTO
 from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.config.serving import LOADS, Verdict, engine_data
-from gptq_cli.errors import ConfigError, InputError, one_of, size
+from gptq_cli.errors import ConfigError, InputError, one_of, size, to_json
 from gptq_cli.events import Noted, Report, Warned, ignore
 from gptq_cli.inspection.summary import Row, plan_rows, row_data
-from gptq_cli.json_values import to_json
 from gptq_cli.planning.checks import notes_on_groups, notes_on_limits, notes_on_output, with_lora
 from gptq_cli.planning.estimate import (
     Disk,

@@ -14,8 +14,7 @@ from gptq_cli.allocation.units import Unit
 from gptq_cli.config.resolve import shortened_yaml
 from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.config.serving import engine_data
-from gptq_cli.errors import ConfigError, ExistsError
-from gptq_cli.json_values import to_json
+from gptq_cli.errors import ConfigError, ExistsError, to_json
 from gptq_cli.storage.durable import write_file
 
 SUFFIXES = (".yaml", ".yml")

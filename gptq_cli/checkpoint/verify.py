@@ -31,10 +31,9 @@ from gptq_cli.checkpoint.quantization_config import (
 )
 from gptq_cli.checkpoint.source import Checkpoint, open_checkpoint
 from gptq_cli.config.layer import GPTQ_FORMATS
-from gptq_cli.errors import GateError, InputError, shell_word, size
+from gptq_cli.errors import GateError, InputError, shell_word, size, to_json
 from gptq_cli.events import PhaseStarted, Report, ignore
 from gptq_cli.files import UNREADABLE, ByteCount, is_file
-from gptq_cli.json_values import to_json
 from gptq_cli.storage.manifest import (
     INDEX_NAME,
     MANIFEST,

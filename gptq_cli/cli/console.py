@@ -32,9 +32,9 @@ from gptq_cli.errors import (
     __version__,
     clock,
     counted,
+    to_json,
     without_secrets,
 )
-from gptq_cli.json_values import to_json
 
 if TYPE_CHECKING:
     from logging import FileHandler, LogRecord

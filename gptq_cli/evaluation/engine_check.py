@@ -29,13 +29,12 @@ from gptq_cli.calibration.windows import Encoder, load_encoder
 from gptq_cli.checkpoint.locate import locate_model
 from gptq_cli.checkpoint.source import Checkpoint
 from gptq_cli.checkpoint.verify import open_decodable
-from gptq_cli.errors import GateError, InputError, ResourceError, clock, shell_word
+from gptq_cli.errors import GateError, InputError, ResourceError, clock, shell_word, to_json
 from gptq_cli.evaluation import engine_driver
 from gptq_cli.evaluation.forward import distance, run_blocks
 from gptq_cli.evaluation.request import EngineRequest
 from gptq_cli.events import EngineSaid, PhaseStarted, Report, ignore
 from gptq_cli.files import file_errors, is_file
-from gptq_cli.json_values import to_json
 from gptq_cli.planning.run_plan import positions
 from gptq_cli.runtime.device import report_device, resolve_device
 from gptq_cli.runtime.memory import device_errors

@@ -23,11 +23,10 @@ from gptq_cli.checkpoint.locate import locate_model
 from gptq_cli.checkpoint.model_files import read_json
 from gptq_cli.checkpoint.source import Checkpoint
 from gptq_cli.checkpoint.verify import open_decodable
-from gptq_cli.errors import ConfigError, InputError, ResourceError, size
+from gptq_cli.errors import ConfigError, InputError, ResourceError, size, to_json
 from gptq_cli.evaluation.request import GenerateRequest
 from gptq_cli.events import PhaseStarted, Report, Warned, ignore
 from gptq_cli.files import is_file
-from gptq_cli.json_values import to_json
 from gptq_cli.models.stream import ModelStream
 from gptq_cli.planning.run_plan import about_unused, positions
 from gptq_cli.runtime.device import report_device, resolve_device

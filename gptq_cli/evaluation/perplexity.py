@@ -24,11 +24,10 @@ from gptq_cli.checkpoint.locate import locate_model
 from gptq_cli.checkpoint.quantization_config import recorded_settings
 from gptq_cli.checkpoint.source import Checkpoint
 from gptq_cli.checkpoint.verify import open_decodable
-from gptq_cli.errors import InputError
+from gptq_cli.errors import InputError, to_json
 from gptq_cli.evaluation.forward import POSITIONS, Forward, distance, run_blocks
 from gptq_cli.evaluation.request import EvalRequest
 from gptq_cli.events import PhaseStarted, Report, ignore
-from gptq_cli.json_values import to_json
 from gptq_cli.planning.run_plan import bounded_seqlen
 from gptq_cli.quantization.run_state import Record
 from gptq_cli.runtime.device import report_device, report_slow_dtype, resolve_device

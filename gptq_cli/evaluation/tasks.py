@@ -23,12 +23,11 @@ from gptq_cli.calibration.windows import Encoder, check_token_ids, load_encoder
 from gptq_cli.checkpoint.locate import locate_model
 from gptq_cli.checkpoint.source import Checkpoint
 from gptq_cli.checkpoint.verify import open_decodable
-from gptq_cli.errors import ConfigError, GptqError, InputError, nearest
+from gptq_cli.errors import ConfigError, GptqError, InputError, nearest, to_json
 from gptq_cli.evaluation.forward import run_blocks
 from gptq_cli.evaluation.request import TaskRequest
 from gptq_cli.events import PhaseStarted, Report, ignore
 from gptq_cli.hub_errors import first_line
-from gptq_cli.json_values import to_json
 from gptq_cli.planning.run_plan import positions
 from gptq_cli.runtime.device import resolve_device
 from gptq_cli.runtime.memory import Memory, device_errors

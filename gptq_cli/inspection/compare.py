@@ -15,10 +15,9 @@ from gptq_cli.checkpoint.locate import locate_model
 from gptq_cli.checkpoint.reader import open_reader
 from gptq_cli.checkpoint.source import Checkpoint
 from gptq_cli.checkpoint.verify import open_decodable
-from gptq_cli.errors import InputError, size
+from gptq_cli.errors import InputError, size, to_json
 from gptq_cli.events import PhaseStarted, Report, ignore
 from gptq_cli.files import ByteCount
-from gptq_cli.json_values import to_json
 
 ELEMENTS_PER_CHUNK = 2**24
 

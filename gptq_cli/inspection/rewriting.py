@@ -17,10 +17,9 @@ from gptq_cli.checkpoint.verify import refuse_wrong_numbers
 from gptq_cli.checkpoint.writer import CheckpointWriter
 from gptq_cli.config.fields import size_in_bytes
 from gptq_cli.config.schema import QuantizeConfig
-from gptq_cli.errors import ExistsError, GptqError, InputError, __version__
+from gptq_cli.errors import ExistsError, GptqError, InputError, __version__, to_json
 from gptq_cli.events import Report
 from gptq_cli.files import ByteCount, expanded
-from gptq_cli.json_values import to_json
 from gptq_cli.storage.manifest import write_manifest
 from gptq_cli.storage.replacing import check_output
 from gptq_cli.storage.work_directory import WorkDirectory, drop_failed, resume_command, working_on

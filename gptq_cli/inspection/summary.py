@@ -45,8 +45,7 @@ from gptq_cli.config.layer import (
     list_item,
 )
 from gptq_cli.config.serving import Export, Verdict, engine_data, export_of, verdicts
-from gptq_cli.errors import InputError
-from gptq_cli.json_values import to_json
+from gptq_cli.errors import InputError, to_json
 from gptq_cli.planning.run_plan import HEAD, RunPlan
 
 if TYPE_CHECKING:

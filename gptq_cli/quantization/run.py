@@ -38,7 +38,7 @@ from gptq_cli.checkpoint.writer import CheckpointWriter, write_side_files
 from gptq_cli.config.resolve import to_yaml
 from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.config.serving import Verdict, engine_data
-from gptq_cli.errors import InputError, __version__, counted, size
+from gptq_cli.errors import InputError, __version__, counted, size, to_json
 from gptq_cli.events import (
     BlockFinished,
     ExpertsCovered,
@@ -50,7 +50,6 @@ from gptq_cli.events import (
     ignore,
 )
 from gptq_cli.files import ByteCount, is_file, resolved
-from gptq_cli.json_values import to_json
 from gptq_cli.models.stream import Batch, ModelStream
 from gptq_cli.planning.checks import (
     PreparedRun,
