@@ -322,15 +322,16 @@ def test_a_cpu_without_instructions_for_16_bits_is_a_warning(
     assert codes == ["W_SLOW_DTYPE"] * warns
 
 
-def test_a_model_in_float32_is_not_slow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("device", "dtype"), [("cpu", "float32"), ("cuda:0", "bfloat16")])
+def test_float32_and_a_gpu_are_not_slow(
+    device: str, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
-    model = open_checkpoint(save_model(tmp_path / "model", dtype=torch.float32))
-    report_slow_dtype(torch.device("cpu"), "auto", model, LONG_RUN, not_called)
-    report_slow_dtype(torch.device("cuda", 0), "auto", model, LONG_RUN, not_called)
-
-
-def not_called(event: Event) -> None:
-    raise AssertionError(event)
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    model = open_checkpoint(save_model(tmp_path / "model", dtype=getattr(torch, dtype)))
+    events: list[Event] = []
+    report_slow_dtype(torch.device(device), "auto", model, LONG_RUN, events.append)
+    assert events == []
 
 
 def test_a_run_and_an_evaluation_ask_how_fast_16_bits_are(
