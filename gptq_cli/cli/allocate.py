@@ -94,7 +94,7 @@ def allocate(
     from gptq_cli.allocation.result import allocated_result
     from gptq_cli.allocation.run import measure_model
 
-    with working(console, prepared, named) as (worker, progress):
+    with working(console, prepared, named, output) as (worker, progress):
         measured = measure_model(prepared, resolved.config, progress, worker, place)
     if not worker.team.is_leader:
         return

@@ -19,6 +19,8 @@ from gptq_cli.cli.console import Console, log, report_problems
 from gptq_cli.cli.progress import Progress
 from gptq_cli.errors import ConfigError, GptqError, ResourceError, Stopped
 from gptq_cli.events import Report, ignore
+from gptq_cli.files import Identity, identity
+from gptq_cli.storage.work_directory import WorkDirectory
 
 if TYPE_CHECKING:
     from gptq_cli.planning.checks import PreparedRun
@@ -185,17 +187,44 @@ def joined_worker(device: str, devices: list[str], *, as_json: bool) -> Iterator
 
 
 @contextmanager
+def telling_if_nothing_is_saved(console: Console, output: Path | None) -> Iterator[None]:
+    """Tell after a signal that the next call starts over, if the work for `output` is not saved.
+
+    Work that is saved is reported by the run. None is the output of work that is never saved.
+    """
+    before = None
+    if output is not None:
+        before = identity(output)
+    try:
+        yield
+    except Stopped:
+        if is_leader() and _is_nothing_saved(output, before):
+            console.advise("nothing was saved yet: the same command starts from the beginning")
+        raise
+
+
+def _is_nothing_saved(output: Path | None, before: Identity | None) -> bool:
+    """Return whether the work is lost; `before` is the file at `output` when the work began."""
+    if output is None:
+        return True
+    # A signal may arrive when the output is complete and its work directory is being removed.
+    return not WorkDirectory(output).holds_work() and identity(output) == before
+
+
+@contextmanager
 def working(
-    console: Console, prepared: PreparedRun, devices: list[str]
+    console: Console, prepared: PreparedRun, devices: list[str], output: Path | None
 ) -> Iterator[tuple[Worker, Report]]:
     """Yield the place of this process in the run, and a receiver of events that shows progress.
 
     On a GPU the first launch of kernels has begun, so the body imports transformers while they
-    compile. Of several processes only the first one shows progress. Signals stop the body.
+    compile. Of several processes only the first one shows progress. Signals stop the body, whose
+    work is saved in the work directory of `output`.
     """
     device = prepared.config.device
     with (
         stoppable(console),
+        telling_if_nothing_is_saved(console, output),
         joined_worker(device, devices, as_json=console.as_json) as worker,
         ExitStack() as stack,
     ):

@@ -158,7 +158,7 @@ def _carry_out(
 
     with (
         scanning(prepared, reads=is_first_here()) as prepared,
-        working(console, prepared, devices) as (worker, progress),
+        working(console, prepared, devices, prepared.output) as (worker, progress),
     ):
         from gptq_cli.quantization.run import carry_out
 

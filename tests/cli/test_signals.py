@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import os
 import signal
+from pathlib import Path
 
 import pytest
 
 from gptq_cli.cli import launch
 from gptq_cli.cli.console import Console
-from gptq_cli.cli.launch import NAMES, stoppable
+from gptq_cli.cli.launch import NAMES, stoppable, telling_if_nothing_is_saved
 from gptq_cli.errors import Stopped
 
 from .conftest import FakeQuantizer, Run
+
+NOTHING_SAVED = "nothing was saved yet: the same command starts from the beginning"
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -74,5 +77,41 @@ def test_a_stopped_run_has_the_exit_code_of_its_signal(
     quantizer.error = Stopped(getattr(signal, name))
     result = gptq("quantize", "m", "-b", "4", "-q")
     assert result.exit_code == exit_code
-    assert result.stderr.splitlines()[-1] == f"stopped by {name}"
+    assert result.stderr.splitlines()[-2:] == [NOTHING_SAVED, f"stopped by {name}"]
     assert "error[" not in result.stderr
+
+
+@pytest.mark.parametrize("saved", ["journal.jsonl", "allocation.jsonl", "gradients/complete.json"])
+def test_a_stopped_run_with_saved_work_does_not_claim_to_have_none(
+    saved: str, gptq: Run, quantizer: FakeQuantizer, tmp_path: Path
+) -> None:
+    kept = tmp_path / ".o.gptq-work" / saved
+    kept.parent.mkdir(parents=True)
+    (tmp_path / ".o.gptq-work").chmod(0o700)
+    kept.touch()
+    quantizer.error = Stopped(signal.SIGINT)
+    result = gptq("quantize", "m", "-b", "4", "-o", tmp_path / "o")
+    assert result.exit_code == 130
+    assert NOTHING_SAVED not in result.stderr
+
+
+@pytest.mark.parametrize("existed", [False, True])
+def test_a_signal_after_the_output_is_complete_claims_no_loss(
+    existed: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output, new = tmp_path / "o", tmp_path / "new"
+    new.mkdir()
+    if existed:
+        output.mkdir()
+    with pytest.raises(Stopped), telling_if_nothing_is_saved(Console(), output):
+        new.rename(output)
+        raise Stopped(signal.SIGTERM)
+    assert capsys.readouterr().err == ""
+
+
+def test_a_stopped_measurement_that_is_never_saved_says_so(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(Stopped), telling_if_nothing_is_saved(Console(quiet=True), None):
+        raise Stopped(signal.SIGTERM)
+    assert capsys.readouterr().err == f"{NOTHING_SAVED}\n"
