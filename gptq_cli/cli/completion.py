@@ -123,7 +123,7 @@ VALUES: Mapping[str, Callable[[str], Values]] = {
 }
 NAMES = {  # of parameters that mean something else in another command
     "recipes name": "recipe",
-    "resume directory": "work_directory",
+    "resume unfinished": "work_directory",
     "schema kind": "schema",
     "validate_config file": "recipe",
     "compare text": "dataset",

@@ -18,7 +18,7 @@ from gptq_cli.errors import ConfigError, GptqError
 from gptq_cli.files import identity, is_inside
 from gptq_cli.planning.checks import default_output
 from gptq_cli.storage.replacing import is_an_output
-from gptq_cli.storage.work_directory import WorkDirectory, output_of, read_run
+from gptq_cli.storage.work_directory import WorkDirectory, output_of, read_run, work_of
 
 # options whose values name files and directories that commands read
 NAMED = ("model", "baseline", "a", "b", "directory", "text", "dataset")
@@ -54,8 +54,14 @@ def _paths_of_command(values: Mapping[str, Any]) -> Iterator[Path]:
     for output in _outputs(values):
         yield output
         yield WorkDirectory(output).path
-    if "directory" in values:
-        yield from _model_of_work(values["directory"])
+    if "unfinished" in values:
+        work = _work_of(values["unfinished"])
+        yield work
+        yield from _model_of_work(work)
+
+
+def _work_of(named: Path) -> Path:
+    return work_of(Path(os.path.realpath(named)))
 
 
 def _model_of_work(directory: Path) -> Iterator[Path]:
@@ -68,8 +74,8 @@ def _model_of_work(directory: Path) -> Iterator[Path]:
 
 def _outputs(values: Mapping[str, Any]) -> Iterator[Path]:
     """Yield the outputs of a command: of `gptq resume`, by --output, or by default."""
-    if values.get("directory") is not None:
-        unfinished = output_of(Path(os.path.realpath(values["directory"])))
+    if values.get("unfinished") is not None:
+        unfinished = output_of(_work_of(values["unfinished"]))
         if unfinished is not None:
             yield unfinished
     if values.get("output") is not None:

@@ -29,6 +29,7 @@ from gptq_cli.config.schema import NO_LORA, QuantizeConfig
 from gptq_cli.config.serving import LOADS
 from gptq_cli.errors import ConfigError, GptqError, InputError, shell_word, shell_words, size
 from gptq_cli.files import is_directory, resolved
+from gptq_cli.storage.work_directory import RUN, output_of, read_run, refuse_foreign, work_of
 
 if TYPE_CHECKING:
     from gptq_cli.calibration.corpus import DatasetSource
@@ -46,10 +47,12 @@ SERVING = {  # commands of engines; the first one that loads the output is shown
 }
 EVERYDAY = ("bits", "group_size", "preset", "dataset", "target", "output", "config")
 
-Directory = Annotated[
+Unfinished = Annotated[
     Path,
     typer.Argument(
-        metavar="WORKDIR", help="the hidden .OUT.gptq-work beside the output", show_default=False
+        metavar="OUT",
+        help="the output, or the hidden .OUT.gptq-work beside it",
+        show_default=False,
     ),
 ]
 
@@ -432,7 +435,7 @@ def _print_config(console: Console, resolved: Resolved) -> None:
 
 @o.takes_settings("trust_remote_code")
 def resume(
-    directory: Directory,
+    unfinished: Unfinished,
     *,
     overwrite: o.Overwrite = False,
     evaluate: o.WithEvaluation = False,
@@ -446,21 +449,23 @@ def resume(
     """Resume a quantization that ended early.
 
     The model and all settings are those of the command that began the run.
-    The output is beside WORKDIR. Code that comes with the model runs only
+    The finished work is beside OUT. Code that comes with the model runs only
     if --trust-remote-code is given again. Repeating the first command
     resumes the run too.
 
+    Example: gptq resume ./Qwen3-0.6B-4bit
     Example: gptq resume .Qwen3-0.6B-4bit.gptq-work
     """
     trust_remote_code = bool(settings.get("trust_remote_code"))
-    started_in, directory = Path.cwd(), resolved(directory)
-    begun, output = _read(directory)
+    started_in = Path.cwd()
+    work = work_of(resolved(unfinished, writing=True))
+    begun, output = _read(work)
     if begun.config.trust_remote_code and not trust_remote_code:
         code = f"Python code that comes with `{begun.model}`"
-        again = f"gptq resume {shell_word(str(directory))} --trust-remote-code"
+        again = f"gptq resume {shell_word(str(work))} --trust-remote-code"
         raise InputError(
             "E_REMOTE_CODE",
-            f"the run in `{directory}` needs {code}",
+            f"the run in `{work}` needs {code}",
             hint=f"read that code, then: {again}",
         )
     named = parse_devices(devices)
@@ -499,32 +504,23 @@ class _Begun(BaseModel):
     directory: Path
 
 
-def _read(directory: Path) -> tuple[_Begun, Path]:
+def _read(work: Path) -> tuple[_Begun, Path]:
     """Read the run of a work directory; return it with the output that the place implies.
 
     Raise InputError E_RESUME_NOTHING if there is none, and ExistsError E_WORK_UNSAFE if another
     user may have written it.
     """
-    from gptq_cli.storage.work_directory import RUN, output_of, read_run, refuse_foreign
-
-    output = output_of(directory)
-    if output is None or not (directory / RUN).is_file():
-        message = f"`{directory}` holds no unfinished run"
-        raise InputError("E_RESUME_NOTHING", message, hint=_likely_work(directory))
-    refuse_foreign(directory)
+    output = output_of(work)
+    if output is None or not (work / RUN).is_file():
+        message = f"`{work}` holds no unfinished run"
+        if not is_directory(work):
+            message = f"there is no unfinished run: `{work}` does not exist"
+        hint = "give the output of a run that ended early, or the hidden .OUT.gptq-work beside it"
+        raise InputError("E_RESUME_NOTHING", message, hint=hint)
+    refuse_foreign(work)
     try:
-        return _Begun.model_validate((read_run(directory) or {})["request"]), output
+        return _Begun.model_validate((read_run(work) or {})["request"]), output
     except (ConfigError, KeyError, ValueError):
-        message = f"`{directory / RUN}` was not written by this version of gptq"
+        message = f"`{work / RUN}` was not written by this version of gptq"
         hint = "repeat the command that began the run; if another version began it, add"
         raise InputError("E_RESUME_NOTHING", message, hint=f"{hint} --resume never") from None
-
-
-def _likely_work(output: Path) -> str:
-    """Return a hint for a user who may have given the output in place of the work directory."""
-    from gptq_cli.storage.work_directory import WorkDirectory, read_run
-
-    work = WorkDirectory(output).path
-    if read_run(work):
-        return f"did you mean gptq resume {shell_word(str(work))}?"
-    return "give the hidden directory .OUT.gptq-work beside an unfinished output"

@@ -195,6 +195,17 @@ class WorkDirectory:
             durable.disk.rename(old, self.path / f"{REPLACED}{number}")
 
 
+def work_of(path: Path) -> Path:
+    """Return the work directory that `path` names: itself, or the one beside it if it is an output.
+
+    `path` has no links. It need not exist.
+    """
+    is_work = path.name.startswith(".") and path.name.endswith(SUFFIX)
+    if is_work or not path.name:  # the root directory has no name
+        return path
+    return WorkDirectory(path).path
+
+
 def output_of(work: Path) -> Path | None:
     """Return the output of the work directory `work`, or None if it is no work directory."""
     name = work.name.removeprefix(".").removesuffix(SUFFIX)

@@ -111,8 +111,8 @@ def test_work_directories_are_those_of_unfinished_runs(
     make_work(tmp_path / "first")
     make_work(tmp_path / "deep" / "second")
     (tmp_path / ".empty.gptq-work").mkdir()
-    assert completed_values("resume", "directory", "") == [(".first.gptq-work", "unfinished run")]
-    found = completed_values("resume", "directory", "./deep/.s")
+    assert completed_values("resume", "unfinished", "") == [(".first.gptq-work", "unfinished run")]
+    found = completed_values("resume", "unfinished", "./deep/.s")
     assert found == [("./deep/.second.gptq-work", "unfinished run")]
     assert completed_values("verify", "directory", "") == []
 

@@ -51,20 +51,23 @@ def test_resume_command_takes_any_run_file(config: object, tmp_path: Path) -> No
     assert resume_command(tmp_path) == f"gptq resume {tmp_path}"
 
 
+@pytest.mark.parametrize("named", [".o.gptq-work", "o", "./o/", "link"])
 @pytest.mark.parametrize(("exists", "directory"), [(False, "."), (True, "there")])
 def test_resume_repeats_the_call_in_its_directory(
     exists: bool,
     directory: str,
+    named: str,
     gptq: Run,
     quantizer: FakeQuantizer,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    work = begun(tmp_path, stream_download=exists)
+    begun(tmp_path, stream_download=exists)
+    (tmp_path / "link").symlink_to("o")
     if exists:
         (tmp_path / "there").mkdir()
-    result = gptq("resume", work.name, "--max-runtime", "2m", "--quiet")
+    result = gptq("resume", named, "--max-runtime", "2m", "--quiet")
     assert result.exit_code == 0, result.stderr
     assert result.stdout == f"{tmp_path}/o\n"
     assert Path.cwd() == tmp_path / directory
@@ -113,7 +116,7 @@ def test_a_directory_without_a_run_is_refused(
     assert result.exit_code == 3
     assert result.stderr.startswith(
         f"error[E_RESUME_NOTHING]: `{work}` holds no unfinished run\n\n"
-        "hint: give the hidden directory"
+        "hint: give the output of a run that ended early, or the hidden .OUT.gptq-work beside it"
     )
     assert quantizer.calls == []
 
@@ -160,9 +163,7 @@ def test_a_run_file_with_wrong_values_is_refused(
     assert quantizer.calls == []
 
 
-@pytest.mark.parametrize(
-    "name", ["o", "work", ".o.gptq", "o.gptq-work", ".gptq-work", "..gptq-work", "...gptq-work"]
-)
+@pytest.mark.parametrize("name", [".gptq-work", "..gptq-work", "...gptq-work"])
 def test_a_directory_that_belongs_to_no_output_is_refused(
     name: str, gptq: Run, quantizer: FakeQuantizer, tmp_path: Path
 ) -> None:
@@ -172,6 +173,28 @@ def test_a_directory_that_belongs_to_no_output_is_refused(
     assert result.stderr.startswith(
         f"error[E_RESUME_NOTHING]: `{tmp_path / name}` holds no unfinished run"
     )
+    assert quantizer.calls == []
+
+
+@pytest.mark.parametrize("exists", [False, True])
+@pytest.mark.parametrize("name", ["work", ".o.gptq", "o.gptq-work", "my out"])
+def test_an_output_without_an_unfinished_run_is_refused_with_the_place_of_one(
+    name: str, exists: bool, gptq: Run, quantizer: FakeQuantizer, tmp_path: Path
+) -> None:
+    if exists:
+        begun(tmp_path).rename(tmp_path / name)  # a run here is in the wrong place
+    result = gptq("resume", tmp_path / name)
+    assert result.exit_code == 3
+    assert result.stderr.splitlines()[0] == (
+        "error[E_RESUME_NOTHING]: there is no unfinished run: "
+        f"`{tmp_path}/.{name}.gptq-work` does not exist"
+    )
+    assert quantizer.calls == []
+
+
+def test_the_root_directory_is_no_output(gptq: Run, quantizer: FakeQuantizer) -> None:
+    result = gptq("resume", "/")
+    assert (result.exit_code, "`/` holds no unfinished run" in result.stderr) == (3, True)
     assert quantizer.calls == []
 
 
@@ -251,16 +274,6 @@ def test_the_printed_resume_command_works(
     _, _, command = capsys.readouterr().err.partition("resume with: gptq ")
     assert gptq(*shlex.split(command)).exit_code == 0
     assert len(quantizer.calls) == 1
-
-
-def test_the_output_path_gets_a_hint_to_the_work_directory(
-    gptq: Run, quantizer: FakeQuantizer, tmp_path: Path
-) -> None:
-    work = begun(tmp_path).rename(tmp_path / ".my out.gptq-work")
-    result = gptq("resume", tmp_path / "my out")
-    assert result.exit_code == 3
-    assert result.stderr.splitlines()[-1] == f"hint: did you mean gptq resume '{work}'?"
-    assert quantizer.calls == []
 
 
 def test_quiet_still_prints_resumed_and_kept_work(

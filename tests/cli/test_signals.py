@@ -103,9 +103,13 @@ def test_a_signal_after_the_output_is_complete_claims_no_loss(
     new.mkdir()
     if existed:
         output.mkdir()
-    with pytest.raises(Stopped), telling_if_nothing_is_saved(Console(), output):
+
+    def publish() -> None:
         new.rename(output)
         raise Stopped(signal.SIGTERM)
+
+    with pytest.raises(Stopped), telling_if_nothing_is_saved(Console(), output):
+        publish()
     assert capsys.readouterr().err == ""
 
 
