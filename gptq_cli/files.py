@@ -18,11 +18,12 @@ import stat
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from threading import Lock
 from typing import NamedTuple
 
-from gptq_cli.errors import GptqError, InputError, ResourceError, causes, nearest, shell_word
+from gptq_cli.errors import GptqError, InputError, ResourceError, causes, shell_word
 
 StrPath = str | os.PathLike[str]
 
@@ -435,17 +436,40 @@ def _difference(known: Stamp, found: Stamp | None) -> str:
 
 
 def hint_at_near(path: Path, *, folders: bool = False) -> str | None:
-    """Return the hint that names what lies beside `path` with nearly the same name, if any.
+    """Return the hint that names what exists in place of `path` with nearly the same name, if any.
 
-    Only folders are named if the path should lead to one of these.
+    One part of the path may be wrong, the last or one before it. Only folders are named if the path
+    should lead to one of these.
     """
-    names = []
-    with suppress(OSError):
-        names = [item.name for item in path.parent.iterdir() if item.is_dir() or not folders]
-    near = nearest(path.name, names, cutoff=0.7)
-    if near is None:
-        return None
-    return f"did you mean {shell_word(str(path.parent / near))}?"
+    with suppress(OSError, ValueError):  # ValueError is about a NUL in the path
+        wrong = _first_missing(path)
+        for near in _near_names(wrong):
+            meant = wrong.parent / near / path.relative_to(wrong)
+            if meant.is_dir() or (meant.exists() and not folders):
+                return f"did you mean {shell_word(str(meant))}?"
+    return None
+
+
+def _first_missing(path: Path) -> Path:
+    """Return the first part of `path`, which does not exist, that is missing."""
+    missing = path
+    for above in path.parents:
+        if above.exists():
+            break
+        missing = above
+    return missing
+
+
+def _near_names(path: Path) -> list[str]:
+    """Return names beside `path` that are nearly its own, the nearest first."""
+    names: dict[str, list[str]] = {}  # by their small letters
+    for item in path.parent.iterdir():
+        if item.name != path.name:  # which is a link to nothing
+            names.setdefault(item.name.lower(), []).append(item.name)
+    found = []
+    for near in get_close_matches(path.name.lower(), names, cutoff=0.7):
+        found += sorted(names[near])
+    return found
 
 
 @dataclass(frozen=True, slots=True)

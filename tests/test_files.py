@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shlex
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from gptq_cli.files import (
     file_error,
     file_errors,
     files_below,
+    hint_at_near,
     is_directory,
     resolved,
     status_of,
@@ -162,6 +164,43 @@ def test_files_below_a_folder_are_found_or_refused(tmp_path: Path) -> None:
     assert files_below(tmp_path, lambda folder: folder.name != "a") == [tmp_path / "x"]
     with pytest.raises(InputError, match="none"):
         files_below(tmp_path / "none")
+
+
+@pytest.mark.parametrize(
+    ("named", "folders", "meant"),
+    [
+        ("Qwen3-0.6b", True, "Qwen3-0.6B"),  # which only differs in a capital letter
+        ("Demo-Modle", True, "Demo-Model"),
+        ("./Demo-Modle", True, "Demo-Model"),
+        ("models/smol/instrcut", True, "models/smol/instruct"),
+        ("modles/smol/instruct", True, "models/smol/instruct"),
+        ("modles/smol/instrcut", True, None),  # two parts are wrong
+        ("recpie.yaml", False, "recipe.yaml"),
+        ("recpie.yaml", True, None),  # a file is no model
+        ("my recpie.yaml", False, "'my recipe.yaml'"),
+        ("link-to-nothing", False, None),
+        ("nothing-like-it", False, None),
+        ("Demo\0Modle", True, "Demo-Model"),
+        ("no\0where/Demo-Modle", True, None),
+    ],
+)
+def test_a_misspelt_path_is_told_what_exists_in_its_place(
+    named: str, folders: bool, meant: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for folder in ("Qwen3-0.6B", "Demo-Model", "models/smol/instruct", "models/llama"):
+        Path(folder).mkdir(parents=True)
+    for file in ("recipe.yaml", "my recipe.yaml"):
+        Path(file).touch()
+    Path("link-to-nothing").symlink_to("gone")
+    expected = None
+    if meant is not None:
+        expected = f"did you mean {meant}?"
+    assert hint_at_near(Path(named), folders=folders) == expected
+    if meant is not None:
+        absolute = hint_at_near(tmp_path / named, folders=folders)
+        assert absolute is not None
+        assert shlex.split(absolute)[-1] == f"{tmp_path / shlex.split(meant)[0]}?"
 
 
 def test_unknown_home_directory_stays_unexpanded() -> None:

@@ -112,7 +112,7 @@ def look_up(identifier: str, revision: str | None, look: Look) -> tuple[ModelSou
             raise
         cached_model = _cached(identifier, revision)
         if cached_model is None and refused.code == "E_HUB_NETWORK":
-            hint = f"{NO_DIRECTORY}; {NETWORK_UNCACHED}"
+            hint = f"{_no_directory(identifier)}; {NETWORK_UNCACHED}"
             raise InputError(refused.code, str(refused), hint=hint) from refused
         if cached_model is None:
             raise
@@ -127,9 +127,9 @@ def hub_id(model: str) -> str:
     path = expanded(model)
     if status_of(path) is not None:
         raise _not_a_directory(model, _hint_for_file(path))
-    hint = "give a model directory or a Hub id"
+    hint = hint_at_near(path, folders=True) or "give a model directory or a Hub id"
     if model.startswith((".", "/", "~")):
-        raise _not_a_directory(model, hint_at_near(path, folders=True) or hint)
+        raise _not_a_directory(model, hint)
     pasted = pasted_id(model)
     if pasted:
         message = f"`{model}` is neither a directory nor an id, but an address that contains an id"
@@ -140,6 +140,14 @@ def hub_id(model: str) -> str:
         message = f"`{model}` is not a directory, and not a Hub id: {flaw}"
         raise InputError("E_MODEL_NOT_FOUND", message, hint=hint)
     return identifier
+
+
+def _no_directory(identifier: str) -> str:
+    """Return the hint for a MODEL that the Hub does not show, and that may be a misspelt path."""
+    near = hint_at_near(Path(identifier), folders=True)
+    if near is None:
+        return NO_DIRECTORY
+    return f"{near} {NO_DIRECTORY}"
 
 
 def _not_a_directory(model: str | Path, hint: str) -> InputError:
@@ -352,7 +360,7 @@ def _hub_errors(identifier: str, revision: str | None) -> Iterator[None]:
         if refused is None:
             raise
         if refused.code in UNSEEN:
-            hint = f"{NO_DIRECTORY}; {refused.hint}"
+            hint = f"{_no_directory(identifier)}; {refused.hint}"
             raise InputError(refused.code, str(refused), hint=hint) from error
         raise refused from error
 

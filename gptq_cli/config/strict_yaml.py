@@ -19,7 +19,7 @@ import yaml
 from yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
 
 from gptq_cli.errors import ConfigError, KeyPath, Location, Problem
-from gptq_cli.files import advice
+from gptq_cli.files import advice, hint_at_near
 
 MAX_BYTES = 10**6
 MAX_DEPTH = 64
@@ -159,7 +159,10 @@ def _read(path: Path) -> bytes:
     except OSError as error:
         reason = error.strerror or str(error)
         message = f"cannot read the configuration {path}: {reason}"
-        raise ConfigError("E_CFG_FILE", message, hint=advice(error, path)) from None
+        hint = advice(error, path)
+        if isinstance(error, FileNotFoundError):
+            hint = hint_at_near(path) or hint
+        raise ConfigError("E_CFG_FILE", message, hint=hint) from None
     except ValueError as error:  # a NUL in its name
         raise ConfigError("E_CFG_FILE", f"cannot read the configuration {path}: {error}") from None
     if len(data) > MAX_BYTES:

@@ -124,6 +124,19 @@ def test_an_unreachable_hub_is_an_input_error(tmp_path: Path) -> None:
     assert locate("someone/tiny", {**gone, "HF_HUB_OFFLINE": "1"})["code"] == "E_HUB_OFFLINE"
 
 
+@pytest.mark.parametrize("offline", [{}, {"HF_HUB_OFFLINE": "1"}])
+def test_a_misspelt_directory_that_could_be_an_id_is_told_the_directory(
+    offline: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with serve({}, kind="model") as hub:
+        gone = hub.environment(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    Path("models/SmolLM2").mkdir(parents=True)
+    found = locate("models/SmoLLM2", {**gone, **offline})
+    said = "did you mean models/SmolLM2? there is no directory of that name; "
+    assert (found["exit"], found["hint"].startswith(said)) == (3, True), found
+
+
 @pytest.mark.parametrize(
     "model", ["./nothing", "/nothing/here", "~/nothing-here", "a b", "x/y/z", "file.txt"]
 )

@@ -208,6 +208,17 @@ def test_a_misspelt_dataset_is_told_the_file_that_is_there(
     assert quantizer.calls == []
 
 
+def test_a_misspelt_configuration_is_told_the_file_that_is_there(
+    gptq: Run, quantizer: FakeQuantizer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("recipe.yaml").write_text("bits: 4")
+    result = gptq("quantize", "org/m", "--config", "recpie.yaml")
+    assert result.exit_code == 2
+    assert result.stderr.splitlines()[-1] == "hint: did you mean recipe.yaml?"
+    assert quantizer.calls == []
+
+
 @pytest.mark.parametrize("model", ["./none", "/none", "~/none", "a/b/c", "none dir"])
 def test_a_wrong_path_is_refused_before_loading(
     model: str, gptq: Run, quantizer: FakeQuantizer
