@@ -15,7 +15,8 @@ import sys
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import zip_longest
 from pathlib import Path
 from shutil import get_terminal_size
 from textwrap import fill, wrap
@@ -239,7 +240,7 @@ def _finite(value: Any) -> Any:
 
 def report_problems(problems: Sequence[Problem], exit_code: int, *, as_json: bool) -> None:
     """Write the problems on stderr, and with `as_json` as one JSON object on stdout too."""
-    write(sys.stderr, "\n\n".join(map(_as_text, problems[:SHOWN])))
+    write(sys.stderr, "\n\n".join(_texts(problems[:SHOWN])))
     if len(problems) > SHOWN:
         rest = len(problems) - SHOWN
         write(sys.stderr, f"\n{len(problems)} problems, {rest} more with --json")
@@ -261,6 +262,14 @@ def _cleaned(value: Any) -> Any:
     if isinstance(value, str):
         return without_secrets(value)
     return value
+
+
+def _texts(problems: Sequence[Problem]) -> Iterator[str]:
+    """Yield the text of each problem; a hint that the following one repeats is left to that one."""
+    for problem, following in zip_longest(problems, problems[1:]):
+        if following is not None and following.hint == problem.hint:
+            problem = replace(problem, hint=None)
+        yield _as_text(problem)
 
 
 def _as_text(problem: Problem) -> str:

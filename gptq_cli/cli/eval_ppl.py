@@ -210,8 +210,6 @@ def _too_little_agreement(result: EvalResult, limits: Limits) -> Problem | None:
 def _unusable(result: EvalResult, max_ppl: float) -> Problem | None:
     """Return the problem if perplexity is above its limit or not finite, else None."""
     ppl, before = result.perplexity, result.baseline_perplexity
-    hint = "try --dtype float32, or other text if the model does not know this one; "
-    hint += "for a quantized model: gptq verify DIR --full"
     if before is not None and max_ppl < before < math.inf and ppl < math.inf:
         message = f"perplexity {ppl:.6g} is above the {max_ppl:g} of --max-ppl"
         message += f", but so is the {before:.6g} of the baseline: the text does not suit the model"
@@ -220,11 +218,20 @@ def _unusable(result: EvalResult, max_ppl: float) -> Problem | None:
         message = f"perplexity {ppl:.6g} is above the {max_ppl:g} of --max-ppl"
         if max_ppl < MAX_PPL:
             return Problem("E_NUM_PPL", message)
-        return Problem("E_NUM_PPL", f"{message}: such a model predicts nothing", hint)
+        message += ": such a model predicts nothing"
+        return Problem("E_NUM_PPL", message, _hint_for_unusable(result.dtype))
     if not math.isfinite(ppl):
         message = f"perplexity is {ppl}: the model's outputs are not usable"
-        return Problem("E_NUM_PPL", message, hint)
+        return Problem("E_NUM_PPL", message, _hint_for_unusable(result.dtype))
     return None
+
+
+def _hint_for_unusable(dtype: str) -> str:
+    """Return the hint for outputs in `dtype` that predict nothing."""
+    other = "other text if the model does not know this one"
+    if dtype != "float32":
+        other = f"--dtype float32, or {other}"
+    return f"try {other}; for a quantized model: gptq verify DIR --full"
 
 
 def _too_much_increase(result: EvalResult, limits: Limits) -> Problem | None:

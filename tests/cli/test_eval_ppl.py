@@ -155,6 +155,9 @@ def test_all_failed_gates_are_told_at_once(gptq: Run, evaluator: FakeEvaluator) 
     result = gptq("eval-ppl", "m", "--baseline", "b", *limits, "--json")
     problems = json.loads(result.stdout)["problems"]
     assert [problem["code"] for problem in problems] == ["E_GATE_PPL", "E_GATE_KL", "E_GATE_TOP1"]
+    assert [f"hint: {problem['hint']}\n" for problem in problems] == [HINT] * 3
+    assert result.stderr.count(HINT) == 1  # of the last one
+    assert result.stderr.endswith(f"\n\n{HINT}\n3 problems\n")
     assert result.exit_code == 4
 
 
@@ -170,6 +173,17 @@ def test_a_perplexity_above_the_limit_fails_the_gate(
     assert result.exit_code == 4
     assert ABOVE_LIMIT in result.stderr
     assert "gptq verify DIR --full" in result.stderr
+
+
+@pytest.mark.parametrize("perplexity", [10_001.0, math.nan])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_the_hint_for_an_unusable_model_does_not_name_the_dtype_that_was_used(
+    dtype: str, perplexity: float, gptq: Run, evaluator: FakeEvaluator
+) -> None:
+    evaluator.result = FakeEvaluated(perplexity, dtype=dtype)
+    hint = gptq("eval-ppl", "m").stderr.splitlines()[-1]
+    assert hint.startswith("hint: try ")
+    assert ("--dtype float32" in hint) == (dtype != "float32")
 
 
 def test_a_text_that_does_not_suit_the_baseline_is_told(
