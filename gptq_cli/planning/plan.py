@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from math import gcd
 from os.path import commonpath
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from gptq_cli.checkpoint.claims import check_claims
 from gptq_cli.checkpoint.decoded import Plain, plain_view, stores_transposed
@@ -32,12 +33,13 @@ from gptq_cli.config.serving import target_problems
 from gptq_cli.errors import ConfigError, InputError, Problem
 from gptq_cli.planning.run_plan import BEYOND, HEAD, UNFIT, LayerPlan, RunPlan, check_target
 
+if TYPE_CHECKING:
+    from gptq_cli.planning.stacks import Stacked
+
 PACK_MULTIPLE = 32  # 32-bit words hold whole columns and whole rows of zero points
 USUAL_GROUP_SIZES = (128, 64, PACK_MULTIPLE)
 ROW = -1  # the group size of one group for each row
 _IN_LIST = re.compile(r"^(?P<list>.*?)\.\d+\..+\.weight$")
-
-Stacked = tuple[str, int, int]  # the tensor that holds a linear, out_features, in_features
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,16 +7,14 @@ the first matrices of all experts, and beside it one with the second matrices, w
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from gptq_cli.checkpoint.headers import DTYPES, TensorInfo
-
-if TYPE_CHECKING:
-    from gptq_cli.planning.plan import Stacked
 
 GATE, UP, DOWN = "gate_proj", "up_proj", "down_proj"
 
 Matrix = tuple[int, ...]
+Stacked = tuple[str, int, int]  # the tensor that holds a linear, out_features, in_features
 
 
 class Form(NamedTuple):
