@@ -49,10 +49,15 @@ from gptq_cli.planning.run_plan import RunPlan, judge_plan
 from gptq_cli.quantization.resume import Identity
 from gptq_cli.quantization.run import Calibration, calibrate, identify_run, request_of
 from gptq_cli.quantization.run_state import Limits, Record, Run, SavingTimes
-from gptq_cli.runtime.device import report_device, report_slow_dtype, settle_kernels, with_kernels
+from gptq_cli.runtime.device import (
+    Worker,
+    report_device,
+    report_slow_dtype,
+    settle_kernels,
+    with_kernels,
+)
 from gptq_cli.runtime.memory import Memory, device_errors
 from gptq_cli.runtime.open_model import DTYPES, open_stream
-from gptq_cli.runtime.ranks import Worker
 from gptq_cli.storage.manifest import ALLOCATION
 from gptq_cli.storage.work_directory import WorkDirectory, read_run, working_on, write_run
 

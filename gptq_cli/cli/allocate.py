@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from gptq_cli.allocation.run import Entry, MeasuredModel
     from gptq_cli.events import Report
     from gptq_cli.planning.checks import PreparedRun
-    from gptq_cli.runtime.ranks import Worker
+    from gptq_cli.runtime.device import Worker
 
 
 ConfigOut = Annotated[

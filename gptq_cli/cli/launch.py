@@ -24,7 +24,7 @@ from gptq_cli.storage.work_directory import WorkDirectory
 
 if TYPE_CHECKING:
     from gptq_cli.planning.checks import PreparedRun
-    from gptq_cli.runtime.ranks import Worker
+    from gptq_cli.runtime.device import Worker
 
 # Ctrl-C, `kill` and schedulers, a closed terminal, a limit of CPU time, Slurm's --signal
 NAMES = ("SIGINT", "SIGTERM", "SIGHUP", "SIGXCPU", "SIGUSR1")
@@ -159,8 +159,8 @@ def joined_worker(device: str, devices: list[str], *, as_json: bool) -> Iterator
     only one reports an error that ends the run.
     """
     if not devices and not OF_TORCHRUN & os.environ.keys():
-        from gptq_cli.runtime.device import resolve_device
-        from gptq_cli.runtime.ranks import SINGLE_PROCESS, Worker
+        from gptq_cli.runtime.device import Worker, resolve_device
+        from gptq_cli.runtime.ranks import SINGLE_PROCESS
 
         yield Worker(SINGLE_PROCESS, resolve_device(device))
         return

@@ -82,6 +82,7 @@ from gptq_cli.quantization.resume import (
 )
 from gptq_cli.quantization.run_state import FinishedBlocks, Limits, Record, Run, SavingTimes
 from gptq_cli.runtime.device import (
+    Worker,
     report_device,
     report_slow_dtype,
     settle_kernels,
@@ -89,7 +90,7 @@ from gptq_cli.runtime.device import (
 )
 from gptq_cli.runtime.memory import Memory, device_errors
 from gptq_cli.runtime.open_model import STORED_DTYPES, open_stream
-from gptq_cli.runtime.ranks import Ranks, Worker
+from gptq_cli.runtime.ranks import Ranks
 from gptq_cli.solver.quantized_linear import QuantizedLinear
 from gptq_cli.storage.durable import remove, write_file
 from gptq_cli.storage.manifest import ALLOCATION, CONFIG_FILE, write_manifest

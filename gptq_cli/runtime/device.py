@@ -1,4 +1,4 @@
-"""The device of a run, and the first launch of kernels on it; needs no transformers.
+"""The device of a process of a run, and the first launch of kernels; needs no transformers.
 
 So a run can begin this launch, which compiles kernels, before it imports transformers.
 """
@@ -8,8 +8,9 @@ from __future__ import annotations
 import os
 import platform
 import shutil
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -19,12 +20,27 @@ from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.errors import InputError, counted
 from gptq_cli.events import PhaseStarted, Report, Warned
 from gptq_cli.runtime.memory import device_errors
-from gptq_cli.runtime.ranks import SINGLE_PROCESS, Worker
+from gptq_cli.runtime.ranks import SINGLE_PROCESS, Ranks
 from gptq_cli.solver import numerics
+
+if TYPE_CHECKING:
+    from gptq_cli.runtime.kernels import KernelTrial
 
 DEV = Path("/dev")
 # Tokens times bytes of the model: a forward in 16 bits takes about 5 seconds of a slow core
 LONG_RUN = 5 * 10**10
+
+
+@dataclass(frozen=True, slots=True)
+class Worker:
+    """A process of a run: its ranks, the device that it works on, and the trial of kernels there.
+
+    `trial` is None if it has not begun.
+    """
+
+    team: Ranks
+    device: torch.device
+    trial: KernelTrial | None = None
 
 
 def resolve_device(device: str) -> torch.device:

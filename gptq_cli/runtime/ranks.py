@@ -12,9 +12,9 @@ import pickle
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, is_dataclass
+from dataclasses import is_dataclass
 from itertools import chain
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -31,9 +31,6 @@ from gptq_cli.solver.hessian import (
     push,
     total,
 )
-
-if TYPE_CHECKING:
-    from gptq_cli.runtime.kernels import KernelTrial
 
 Value = TypeVar("Value")
 # Classes that a process accepts from another one, beside dtypes and dataclasses of this program
@@ -126,18 +123,6 @@ class Ranks:
 
 
 SINGLE_PROCESS = Ranks()
-
-
-@dataclass(frozen=True, slots=True)
-class Worker:
-    """A process of a run: its ranks, the device that it works on, and the trial of kernels there.
-
-    `trial` is None if it has not begun.
-    """
-
-    team: Ranks
-    device: torch.device
-    trial: KernelTrial | None = None
 
 
 class DistributedRanks(Ranks):

@@ -23,9 +23,9 @@ import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
 from gptq_cli.errors import ConfigError, GptqError, ResourceError, Stopped
-from gptq_cli.runtime.device import resolve_device
+from gptq_cli.runtime.device import Worker, resolve_device
 from gptq_cli.runtime.processes import LAUNCHER, MEETING, launcher_is_gone
-from gptq_cli.runtime.ranks import SINGLE_PROCESS, DistributedRanks, Worker
+from gptq_cli.runtime.ranks import SINGLE_PROCESS, DistributedRanks
 
 # A process waits this long for others that work; `Watch` notices those that are gone.
 WAIT = timedelta(days=7)

@@ -11,7 +11,7 @@ from gptq_cli.allocation.run import MeasuredModel, Place, measure_model
 from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.events import Report, ignore
 from gptq_cli.planning.checks import RunOptions, prepare_run
-from gptq_cli.runtime.ranks import Worker
+from gptq_cli.runtime.device import Worker
 from tests.runs import config
 
 WIDTHS = [2, 3, 4]

@@ -22,9 +22,10 @@ from gptq_cli.quantization import block_loop, layers, resume
 from gptq_cli.quantization.block_loop import HessianOfBatches
 from gptq_cli.quantization.run import QuantizeResult
 from gptq_cli.runtime import memory
+from gptq_cli.runtime.device import Worker
 from gptq_cli.runtime.memory import Memory, PauseBudget
 from gptq_cli.runtime.open_model import HiddenStates
-from gptq_cli.runtime.ranks import Ranks, Worker
+from gptq_cli.runtime.ranks import Ranks
 from gptq_cli.solver.hessian import HessianAccumulator
 from tests.architectures import build
 from tests.families import save, save_model

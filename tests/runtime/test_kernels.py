@@ -18,10 +18,10 @@ from gptq_cli.errors import ResourceError
 from gptq_cli.events import Event, ignore
 from gptq_cli.quantization.run import quantize_checkpoint
 from gptq_cli.runtime import kernels
-from gptq_cli.runtime.device import settle_kernels, with_kernels
+from gptq_cli.runtime.device import Worker, settle_kernels, with_kernels
 from gptq_cli.runtime.kernels import KernelTrial, why_no_kernels
 from gptq_cli.runtime.memory import device_errors
-from gptq_cli.runtime.ranks import SINGLE_PROCESS, Ranks, Worker
+from gptq_cli.runtime.ranks import SINGLE_PROCESS, Ranks
 from gptq_cli.solver import numerics
 from tests.families import save_model
 from tests.runs import config, digest, messages
