@@ -26,7 +26,7 @@ from latex2mathml.converter import convert
 import gptq_cli
 from gptq_cli import api, errors, events
 from gptq_cli.cli.app import COMMANDS, app, load_command
-from gptq_cli.cli.explain import examples, explanations
+from gptq_cli.cli.codes import examples, explanations
 from gptq_cli.config.fields import LayerOverrides, accepted_by
 from gptq_cli.config.json_schema import config_schema
 from gptq_cli.config.layer import DEFAULT_PRESET, PRESETS

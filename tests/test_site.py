@@ -13,7 +13,7 @@ import pytest
 
 from gptq_cli import errors
 from gptq_cli.cli.app import COMMANDS
-from gptq_cli.cli.explain import explanations
+from gptq_cli.cli.codes import explanations
 from gptq_cli.config.layer import PRESETS
 from gptq_cli.config.resolve import recipes
 from gptq_cli.config.schema import QuantizeConfig

@@ -62,7 +62,7 @@ def _datasets() -> Values:
 
 
 def _codes() -> Values:
-    from gptq_cli.cli.explain import explanations
+    from gptq_cli.cli.codes import explanations
 
     return {code: text.partition("\n")[0] for code, text in explanations().items()}
 

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from difflib import SequenceMatcher
-from importlib.resources import files
 from typing import Annotated
 
 import typer
-import yaml
 
+from gptq_cli.cli.codes import examples, explanations
 from gptq_cli.cli.console import Console, fitted
 from gptq_cli.cli.options import AsJson
 from gptq_cli.errors import ConfigError
@@ -66,19 +65,3 @@ def _nearest(word: str, codes: Iterable[str]) -> str | None:
             if part.startswith(name[:1]) and likeness > best:
                 best, closest = likeness, code
     return closest
-
-
-def explanations() -> dict[str, str]:
-    """Return the text for each code, in the order of the file."""
-    return {code: entry["text"].strip() for code, entry in _entries().items()}
-
-
-def examples() -> dict[str, str]:
-    """Return the example for each code: what is there, the command, what it prints."""
-    return {code: entry["example"].strip() for code, entry in _entries().items()}
-
-
-def _entries() -> dict[str, dict[str, str]]:
-    file = files("gptq_cli.cli").joinpath("codes.yaml")
-    entries: dict[str, dict[str, str]] = yaml.safe_load(file.read_text(encoding="utf-8"))
-    return entries

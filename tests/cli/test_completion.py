@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from gptq_cli.cli.codes import explanations
 from gptq_cli.cli.completion import completed_values
-from gptq_cli.cli.explain import explanations
 from gptq_cli.config.corpora import CORPORA
 from gptq_cli.config.layer import FORMATS, PRESETS
 from gptq_cli.config.resolve import recipes

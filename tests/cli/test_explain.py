@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from gptq_cli.cli.explain import examples, explanations
+from gptq_cli.cli.codes import examples, explanations
 from tests.families import save_model
 
 from .conftest import Run
