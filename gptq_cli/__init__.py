@@ -115,8 +115,9 @@ def __getattr__(name: str) -> object:
     if _HOMES[name] != "api":
         return found
     from gptq_cli.config.python_names import for_python
+    from gptq_cli.config.schema import QuantizeConfig
 
-    return for_python(found)
+    return for_python(found, QuantizeConfig.model_fields)
 
 
 def __dir__() -> list[str]:

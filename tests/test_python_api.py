@@ -307,12 +307,11 @@ def test_report_names_the_command(workspace: Path) -> None:
     ],
 )
 def test_errors_name_settings_as_python_does(said: str, meant: str) -> None:
-    @for_python
     def refuse() -> None:
         raise ConfigError("E_CFG_RANGE", said, hint=said)
 
     with pytest.raises(GptqError) as refused:
-        refuse()
+        for_python(refuse, QuantizeConfig.model_fields)()
     assert (str(refused.value), refused.value.hint) == (meant, meant)
     assert refused.value.problems[0].code == "E_CFG_RANGE"
 

@@ -248,13 +248,14 @@ def findings_of(
     return _deepest(findings)
 
 
-def refusal(findings: Sequence[Finding]) -> ConfigError:
+def refusal(findings: Sequence[Finding], model: type[BaseModel]) -> ConfigError:
     """Return one error for all findings (at least one), with the field names of Python callers."""
     from gptq_cli.config.python_names import renamed
 
     problems = []
     for finding in findings:
-        problems.append(renamed(Problem(finding.code, finding.message(), finding.hint)))
+        problem = Problem(finding.code, finding.message(), finding.hint)
+        problems.append(renamed(problem, model.model_fields))
     return ConfigError.of(problems)
 
 

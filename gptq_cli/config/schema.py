@@ -351,7 +351,8 @@ class QuantizeConfig(BaseModel):
         try:
             return handler(values)
         except ValidationError as error:
-            raise refusal(findings_of(error, values, cls) or conflicts(fill(values)[0])) from error
+            findings = findings_of(error, values, cls) or conflicts(fill(values)[0])
+            raise refusal(findings, cls) from error
 
     @property
     def max_shard_bytes(self) -> int:

@@ -10,7 +10,7 @@ from typing import Any
 
 from gptq_cli.arguments import check_arguments
 from gptq_cli.config.fields import refusal
-from gptq_cli.config.schema import FIELDS, field_findings
+from gptq_cli.config.schema import FIELDS, QuantizeConfig, field_findings
 from gptq_cli.errors import ConfigError, one_of, shown, suggestion
 
 LEAST_TEMPERATURE = 1e-5  # logits divided by less may exceed float32
@@ -211,4 +211,4 @@ def _check_fields(values: Mapping[str, Any]) -> None:
             given[key] = value
     findings = field_findings(given)
     if findings:
-        raise refusal(findings)
+        raise refusal(findings, QuantizeConfig)
