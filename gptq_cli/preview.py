@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 from gptq_cli.calibration.corpus import (
     DatasetSource,
-    calibration_sources,
     check_source,
     is_path,
     windows_need,
@@ -28,7 +27,13 @@ from gptq_cli.config.serving import LOADS, Verdict, engine_data
 from gptq_cli.errors import ConfigError, InputError, one_of, size, to_json
 from gptq_cli.events import Noted, Report, Warned, ignore
 from gptq_cli.inspection.summary import Row, plan_rows, row_data
-from gptq_cli.planning.checks import notes_on_groups, notes_on_limits, notes_on_output, with_lora
+from gptq_cli.planning.checks import (
+    calibration_sources,
+    notes_on_groups,
+    notes_on_limits,
+    notes_on_output,
+    with_lora,
+)
 from gptq_cli.planning.estimate import (
     Disk,
     DownloadPlan,
@@ -426,7 +431,7 @@ def plan_text(
         from gptq_cli.calibration.windows import read_parts, shortages
 
         try:
-            parts = read_parts(directory, config)
+            parts = read_parts(directory, config, sources)
             counted = tuple(_counted(part, config.seed, report) for part in parts)
             for refused in shortages(parts, config):
                 report(Noted(f"quantize will refuse the text: {refused}; {refused.hint}"))

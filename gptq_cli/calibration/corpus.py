@@ -9,6 +9,7 @@ is one document; the row of a chat is a document after the chat template has mad
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
@@ -37,7 +38,6 @@ from gptq_cli.config.corpora import (
     REGISTERED,
     Purpose,
 )
-from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.errors import ConfigError, GptqError, InputError, counted
 from gptq_cli.files import expanded, file_errors, hint_at_near, is_directory, status_of
 from gptq_cli.hub_errors import id_flaw, pasted_id
@@ -46,6 +46,7 @@ TEXT = ".txt"
 SUFFIXES = (TEXT, *READERS)
 KINDS = ", ".join(SUFFIXES)
 PACKABLE = ", ".join(suffix for suffix in SUFFIXES if suffix not in TABLES)
+_SHARE = re.compile(r"(.+):([0-9]{1,9}(?:\.[0-9]{1,9})?|\.[0-9]{1,9})", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -335,28 +336,6 @@ def _join(chats: ChatTemplate | None) -> str:
     return ""
 
 
-def calibration_sources(config: QuantizeConfig) -> list[tuple[DatasetSource, int]]:
-    """Return the datasets of a run, each with the number of windows that it has to give.
-
-    Raises the errors of `mixture.sources_of` if there are several.
-    """
-    dataset = config.dataset
-    if isinstance(dataset, list) and len(dataset) > 1:
-        from gptq_cli.calibration.mixture import sources_of
-
-        return sources_of(config, dataset)
-    if isinstance(dataset, list):
-        dataset = dataset[0]
-    source = DatasetSource(
-        dataset,
-        config.dataset_config,
-        config.dataset_split,
-        config.text_column,
-        chat_template=config.chat_template,
-    )
-    return [(source, config.nsamples)]
-
-
 def check_source(source: DatasetSource) -> None:
     """Check `source` before a text is read or fetched.
 
@@ -391,6 +370,14 @@ def exists(name: str) -> bool:
         return bool(name) and status_of(name) is not None
     except GptqError as error:
         return not isinstance(error.__cause__, OSError) or error.__cause__.errno != ENAMETOOLONG
+
+
+def split_share(dataset: str) -> tuple[str, str | None]:
+    """Return the name and the share of a dataset; a file of the whole name has no share."""
+    match = _SHARE.fullmatch(dataset)
+    if match is None or exists(dataset):
+        return dataset, None
+    return match[1], match[2]
 
 
 def _built_in(purpose: Purpose) -> Documents:
@@ -461,8 +448,6 @@ def _refuse_bad_id(name: str) -> None:
 
 def _refuse_lonely_share(name: str) -> None:
     """Raise E_CFG_CONFLICT for the only dataset if it has a share."""
-    from gptq_cli.calibration.mixture import split_share
-
     dataset, share = split_share(name)
     if share is not None:
         message = f"dataset `{dataset}` has a share of {share}, but it is the only one"

@@ -7,27 +7,16 @@ they add up, and a dataset that is named earlier wins a tie.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import replace
 from fractions import Fraction
 
 from gptq_cli.calibration.chats import read_template
-from gptq_cli.calibration.corpus import DatasetSource, exists, has_columns, has_splits, is_path
+from gptq_cli.calibration.corpus import DatasetSource, has_columns, has_splits, is_path, split_share
 from gptq_cli.config.corpora import BUILT_IN, CORPORA
 from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.errors import ConfigError
 from gptq_cli.files import expanded
-
-_SHARE = re.compile(r"(.+):([0-9]{1,9}(?:\.[0-9]{1,9})?|\.[0-9]{1,9})", re.DOTALL)
-
-
-def split_share(dataset: str) -> tuple[str, str | None]:
-    """Return the name and the share of a dataset; a file of the whole name has no share."""
-    match = _SHARE.fullmatch(dataset)
-    if match is None or exists(dataset):
-        return dataset, None
-    return match[1], match[2]
 
 
 def sources_of(config: QuantizeConfig, names: Sequence[str]) -> list[tuple[DatasetSource, int]]:

@@ -27,7 +27,6 @@ from gptq_cli.calibration.chats import ChatTemplate, ChatText, ImagesFoundError
 from gptq_cli.calibration.corpus import (
     DatasetSource,
     Documents,
-    calibration_sources,
     is_path,
     load_documents,
     windows_need,
@@ -437,9 +436,12 @@ def _known(window: list[int] | ImageWindow) -> list[int] | str:
     return window.sha256
 
 
-def read_parts(directory: Path, config: QuantizeConfig) -> list[Part]:
+def read_parts(
+    directory: Path, config: QuantizeConfig, sources: Sequence[tuple[DatasetSource, int]]
+) -> list[Part]:
     """Return the text of each dataset of a run, tokenized by the tokenizer in `directory`.
 
+    `sources` are those datasets, each with the number of windows that it has to give.
     Raises the errors of `load_encoder`, `load_documents`, `read_pool` and `read_image_part`.
     """
     encoder = load_encoder(directory, trust_remote_code=config.trust_remote_code)
@@ -447,7 +449,7 @@ def read_parts(directory: Path, config: QuantizeConfig) -> list[Part]:
     if not config.pack:
         read = read_documents
     parts: list[Part] = []
-    for source, nsamples in calibration_sources(config):
+    for source, nsamples in sources:
         template = ChatTemplate(encoder.tokenizer, directory, _template_file(config))
         documents = load_documents(source, template)
         try:

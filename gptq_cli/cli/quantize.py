@@ -304,8 +304,9 @@ def _own_text(prepared: PreparedRun) -> DatasetSource | None:
 
     If it holds chats, it has the chat template of the run.
     """
-    from gptq_cli.calibration.corpus import calibration_sources, holds_chats, is_path
+    from gptq_cli.calibration.corpus import holds_chats, is_path
     from gptq_cli.config.corpora import BUILT_IN
+    from gptq_cli.planning.checks import calibration_sources
 
     source, _ = calibration_sources(prepared.config)[0]
     if prepared.config.chat_template is not None and holds_chats(source):

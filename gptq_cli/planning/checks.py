@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from gptq_cli.calibration.corpus import calibration_sources, check_source
+from gptq_cli.calibration.corpus import DatasetSource, check_source
 from gptq_cli.calibration.loading import check_cached, check_reach, is_out_of_reach
 from gptq_cli.checkpoint.headers import WeightScan
 from gptq_cli.checkpoint.locate import (
@@ -242,6 +242,28 @@ def _text_of_unfinished(output: Path) -> str | None:
     if isinstance(config, dict) and isinstance(config.get("dataset"), str):
         return str(config["dataset"])
     return DEFAULT_DATASET
+
+
+def calibration_sources(config: QuantizeConfig) -> list[tuple[DatasetSource, int]]:
+    """Return the datasets of a run, each with the number of windows that it has to give.
+
+    Raises the errors of `mixture.sources_of` if there are several.
+    """
+    dataset = config.dataset
+    if isinstance(dataset, list) and len(dataset) > 1:
+        from gptq_cli.calibration.mixture import sources_of
+
+        return sources_of(config, dataset)
+    if isinstance(dataset, list):
+        dataset = dataset[0]
+    source = DatasetSource(
+        dataset,
+        config.dataset_config,
+        config.dataset_split,
+        config.text_column,
+        chat_template=config.chat_template,
+    )
+    return [(source, config.nsamples)]
 
 
 def _check_text(config: QuantizeConfig) -> None:

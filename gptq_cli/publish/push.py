@@ -11,8 +11,7 @@ from typing import Any
 
 import yaml
 
-from gptq_cli.calibration.corpus import is_path
-from gptq_cli.calibration.mixture import split_share
+from gptq_cli.calibration.corpus import is_path, split_share
 from gptq_cli.checkpoint.locate import local_model
 from gptq_cli.checkpoint.model_files import CONFIG_NAMES, read_json
 from gptq_cli.checkpoint.source import Checkpoint, open_checkpoint

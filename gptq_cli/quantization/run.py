@@ -54,6 +54,7 @@ from gptq_cli.models.stream import Batch, ModelStream
 from gptq_cli.planning.checks import (
     PreparedRun,
     RunOptions,
+    calibration_sources,
     check_disk,
     check_memory,
     check_sharing,
@@ -484,7 +485,7 @@ def calibrate(
         return ranks.broadcast()
     number = counted(config.nsamples, "window")
     report(PhaseStarted("calibration", f"{number} of {config.seqlen} tokens"))
-    parts = read_parts(source.directory, config)
+    parts = read_parts(source.directory, config, calibration_sources(config))
     hub_datasets, windows, known = [], [], []
     template_sha256 = None
     for part in parts:

@@ -29,6 +29,7 @@ from gptq_cli.errors import ConfigError, ExistsError, GptqError
 from gptq_cli.evaluation.perplexity import evaluate_perplexity
 from gptq_cli.evaluation.request import EvalRequest
 from gptq_cli.events import Event, PhaseStarted
+from gptq_cli.planning.checks import calibration_sources
 from gptq_cli.quantization.run import quantize_checkpoint
 from tests.calibration.rows import json_lines, parquet_bytes
 from tests.disks import Killed
@@ -454,7 +455,7 @@ def test_a_first_token_before_each_window_is_told_apart(tmp_path: Path) -> None:
     directory = tokenizer_in(tmp_path / "tokenizer", None, adds_bos=True)
     (tmp_path / "x.txt").write_text("what is one and one? " * 100)
     settings = config(dataset=str(tmp_path / "x.txt"), seqlen=8, nsamples=4)
-    [part] = read_parts(directory, settings)
+    [part] = read_parts(directory, settings, calibration_sources(settings))
     assert part.summary.endswith("4 windows of 8 need 28 beside the first token of each")
     assert {len(window) for window in part.pool.windows} == {8}
     assert {window[0] for window in part.pool.windows} == {BOS}

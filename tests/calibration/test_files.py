@@ -15,7 +15,7 @@ from pyarrow import ipc
 from gptq_cli.calibration.corpus import DatasetSource, Documents, check_source, load_documents
 from gptq_cli.calibration.windows import Windows, read_parts
 from gptq_cli.errors import GptqError, InputError
-from gptq_cli.planning.checks import _check_text
+from gptq_cli.planning.checks import _check_text, calibration_sources
 from tests.calibration.rows import json_lines, parquet_bytes
 from tests.families import save_model
 from tests.runs import config, quantize_with_events
@@ -216,7 +216,8 @@ def test_without_packing_each_document_is_a_window_of_its_own(tmp_path: Path) ->
     rows = ["abc", "", "defgh", "ij", "klmnopqrst"]
     (tmp_path / "x.jsonl").write_text(json_lines([{"text": text} for text in rows]))
     settings = {"dataset": str(tmp_path / "x.jsonl"), "seqlen": 6, "nsamples": 4, "pack": False}
-    [part] = read_parts(model, config(**settings))
+    of_run = config(**settings)
+    [part] = read_parts(model, of_run, calibration_sources(of_run))
     assert [len(ids) for ids in part.pool.windows] == [3, 5, 2, 6], "the last one is cut"
     assert len({ids[0] for ids in part.pool.windows}) == 4, "a document begins each window"
     assert part.summary.endswith("20 tokens; 4 documents of up to 6 tokens are needed")
@@ -236,7 +237,8 @@ def test_batches_of_documents_hold_one_length_and_no_padding() -> None:
 def test_too_few_documents_are_refused_with_the_way_out(tmp_path: Path) -> None:
     model = save_model(tmp_path / "model", **SMALL)
     (tmp_path / "x.txt").write_text("one document " * 100)
-    [part] = read_parts(model, config(dataset=str(tmp_path / "x.txt"), pack=False))
+    of_run = config(dataset=str(tmp_path / "x.txt"), pack=False)
+    [part] = read_parts(model, of_run, calibration_sources(of_run))
     with pytest.raises(
         InputError, match=r"has 1 documents with tokens, but 6 are needed"
     ) as caught:

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from gptq_cli.calibration.corpus import calibration_sources
-from gptq_cli.calibration.mixture import divide, split_share
+from gptq_cli.calibration.corpus import split_share
+from gptq_cli.calibration.mixture import divide
 from gptq_cli.errors import ConfigError, ExistsError, InputError
-from gptq_cli.planning.checks import _check_text
+from gptq_cli.planning.checks import _check_text, calibration_sources
 from gptq_cli.quantization.run import quantize_checkpoint
 from tests.calibration.rows import json_lines
 from tests.disks import Killed
