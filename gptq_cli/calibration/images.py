@@ -9,7 +9,6 @@ from __future__ import annotations
 import base64
 import binascii
 import io
-import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,9 +30,6 @@ from gptq_cli.calibration.chats import (
     Message,
 )
 from gptq_cli.calibration.columns import kind_of
-from gptq_cli.calibration.corpus import DatasetSource, load_documents
-from gptq_cli.calibration.windows import POOL, Encode, ImageWindow, Part, Pool
-from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.errors import InputError
 from gptq_cli.files import file_errors, is_file
 from gptq_cli.models.remote_code import remote_code_refusal
@@ -50,6 +46,19 @@ class ImageChat:
     text: str
     images: tuple[Path | bytes, ...]
     place: str
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ImageWindow:
+    """A chat with images as a window of its own: token ids [1, tokens], its text, and image files.
+
+    `sha256` is the hash of everything that the model gets, pixels included.
+    """
+
+    ids: Tensor
+    sha256: str
+    text: str
+    images: tuple[bytes, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -432,7 +441,7 @@ def image_window(chat: ImageChat, model: VisionModel, seqlen: int) -> ImageWindo
     return ImageWindow(kept["input_ids"], _hash_of(kept), chat.text, images)
 
 
-def _check_lengths(windows: Iterable[Any], seqlen: int) -> None:
+def check_lengths(windows: Iterable[Any], seqlen: int) -> None:
     """Raise InputError E_DATA_IMAGE with the length that fits, if a window is TooLong."""
     too_long = [window for window in windows if isinstance(window, TooLong)]
     if not too_long:
@@ -453,80 +462,3 @@ def _hash_of(inputs: Mapping[str, Tensor]) -> str:
         digest.update(f"{name} {value.dtype} {list(value.shape)}".encode())
         digest.update(value.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-# ------------------------------------------------------------ the part of a run
-
-
-@dataclass(frozen=True, slots=True)
-class ImagePart(Part):
-    """The chats of a dataset with images: those that are drawn become windows up to `seqlen`.
-
-    Chats without images become windows of token ids. The tokens of the others are not counted.
-    """
-
-    template: ImageTemplate
-    model: VisionModel
-
-    @property
-    def shortage(self) -> InputError | None:
-        """The error of `draw`, None if there are enough chats."""
-        held = len(self.pool.windows)
-        if held >= self.nsamples:
-            return None
-        message = (
-            f"dataset `{self.documents.name}` has {held} chats, but {self.nsamples} are needed"
-        )
-        hint = "give more chats, or fewer --nsamples"
-        return InputError("E_DATA_SHORT", message, hint=hint)
-
-    @property
-    def n_with_images(self) -> int | None:
-        """The number of chats with images among those that were read."""
-        return self.template.with_images
-
-    @property
-    def summary(self) -> str:
-        """One line for the user: the dataset, what was read of it, and what is needed."""
-        held = f"{self.template.summary}, {self.n_with_images} with images"
-        needed = f"{self.nsamples} chats of up to {self.seqlen} tokens are needed"
-        return f"{self.documents.name}, {held}; {needed}"
-
-    def draw(self, seed: int) -> list[Any]:
-        """Return token ids or an `ImageWindow` for each chat.
-
-        Raises InputError E_DATA_SHORT, and the errors of `image_window`.
-        """
-        if self.shortage is not None:
-            raise self.shortage
-        drawn: list[Any] = []
-        for chat in random.Random(seed).sample(self.pool.windows, self.nsamples):
-            if chat.images:
-                drawn.append(image_window(chat, self.model, self.seqlen))
-            else:
-                drawn.append(self.encode(chat.text, False)[: self.seqlen])
-        _check_lengths(drawn, self.seqlen)
-        return drawn
-
-
-def read_image_part(
-    source: DatasetSource, nsamples: int, config: QuantizeConfig, directory: Path, encode: Encode
-) -> ImagePart:
-    """Return the chats of a dataset with images, for the model in `directory`.
-
-    Raises the errors of `load_documents`, and InputError: E_DATA_IMAGE, E_PROCESSOR.
-    """
-    model = VisionModel(directory, config.trust_remote_code)
-    model.check_reads_images()
-    template = ImageTemplate(model.processor, directory, source.template_file)
-    documents = load_documents(source, template)
-    chats: list[Any] = []
-    whole = True
-    for text in documents.texts:
-        if encode(text, False):
-            chats.append(template.chat)
-        if len(chats) == POOL * nsamples:
-            whole = False
-            break
-    pool = Pool(chats, None, whole, None)
-    return ImagePart(documents, pool, nsamples, config.seqlen, encode, template, model)

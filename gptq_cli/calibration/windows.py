@@ -17,7 +17,7 @@ from functools import cached_property
 from hashlib import sha256
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -36,25 +36,15 @@ from gptq_cli.errors import ConfigError, GptqError, InputError, counted
 from gptq_cli.files import file_cause, file_errors
 from gptq_cli.models.remote_code import remote_code_refusal
 
+if TYPE_CHECKING:
+    from gptq_cli.calibration.images import ImageTemplate, ImageWindow, VisionModel
+
 Encode = Callable[[str, bool], list[int]]  # text, add_special_tokens -> ids
 POOL = 8
 LEAST_ADVISED = 32  # tokens of a window; shorter ones show little of what a model sees
 PIECE = 1_000_000  # characters tokenized at a time for calibration
 TRIED = 30_000_000  # letters x turns of chats that are packed again to find a length that fits
 COMPARED = 1024  # ids compared at a time
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class ImageWindow:
-    """A chat with images as a window of its own: token ids [1, tokens], its text, and image files.
-
-    `sha256` is the hash of everything that the model gets, pixels included.
-    """
-
-    ids: Tensor
-    sha256: str
-    text: str
-    images: tuple[bytes, ...]
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -436,6 +426,84 @@ def _known(window: list[int] | ImageWindow) -> list[int] | str:
     return window.sha256
 
 
+@dataclass(frozen=True, slots=True)
+class ImagePart(Part):
+    """The chats of a dataset with images: those that are drawn become windows up to `seqlen`.
+
+    Chats without images become windows of token ids. The tokens of the others are not counted.
+    """
+
+    template: ImageTemplate
+    model: VisionModel
+
+    @property
+    def shortage(self) -> InputError | None:
+        """The error of `draw`, None if there are enough chats."""
+        held = len(self.pool.windows)
+        if held >= self.nsamples:
+            return None
+        message = (
+            f"dataset `{self.documents.name}` has {held} chats, but {self.nsamples} are needed"
+        )
+        hint = "give more chats, or fewer --nsamples"
+        return InputError("E_DATA_SHORT", message, hint=hint)
+
+    @property
+    def n_with_images(self) -> int | None:
+        """The number of chats with images among those that were read."""
+        return self.template.with_images
+
+    @property
+    def summary(self) -> str:
+        """One line for the user: the dataset, what was read of it, and what is needed."""
+        held = f"{self.template.summary}, {self.n_with_images} with images"
+        needed = f"{self.nsamples} chats of up to {self.seqlen} tokens are needed"
+        return f"{self.documents.name}, {held}; {needed}"
+
+    def draw(self, seed: int) -> list[Any]:
+        """Return token ids or an `ImageWindow` for each chat.
+
+        Raises InputError E_DATA_SHORT, and the errors of `image_window`.
+        """
+        if self.shortage is not None:
+            raise self.shortage
+        from gptq_cli.calibration.images import check_lengths, image_window
+
+        drawn: list[Any] = []
+        for chat in random.Random(seed).sample(self.pool.windows, self.nsamples):
+            if chat.images:
+                drawn.append(image_window(chat, self.model, self.seqlen))
+            else:
+                drawn.append(self.encode(chat.text, False)[: self.seqlen])
+        check_lengths(drawn, self.seqlen)
+        return drawn
+
+
+def read_image_part(
+    source: DatasetSource, nsamples: int, config: QuantizeConfig, directory: Path, encode: Encode
+) -> ImagePart:
+    """Return the chats of a dataset with images, for the model in `directory`.
+
+    Raises the errors of `load_documents`, and InputError: E_DATA_IMAGE, E_PROCESSOR.
+    """
+    from gptq_cli.calibration.images import ImageTemplate, VisionModel
+
+    model = VisionModel(directory, config.trust_remote_code)
+    model.check_reads_images()
+    template = ImageTemplate(model.processor, directory, source.template_file)
+    documents = load_documents(source, template)
+    chats: list[Any] = []
+    whole = True
+    for text in documents.texts:
+        if encode(text, False):
+            chats.append(template.chat)
+        if len(chats) == POOL * nsamples:
+            whole = False
+            break
+    pool = Pool(chats, None, whole, None)
+    return ImagePart(documents, pool, nsamples, config.seqlen, encode, template, model)
+
+
 def read_parts(
     directory: Path, config: QuantizeConfig, sources: Sequence[tuple[DatasetSource, int]]
 ) -> list[Part]:
@@ -461,8 +529,6 @@ def read_parts(
                 bos_token_id=encoder.bos_token_id,
             )
         except ImagesFoundError:
-            from gptq_cli.calibration.images import read_image_part
-
             parts.append(read_image_part(source, nsamples, config, directory, encoder))
             continue
         parts.append(Part(documents, pool, nsamples, config.seqlen, encoder))

@@ -20,8 +20,8 @@ from PIL import Image
 from gptq_cli.allocation.run import Place, measure_model
 from gptq_cli.calibration import images
 from gptq_cli.calibration.chats import ChatRow
-from gptq_cli.calibration.images import load_processor, located
-from gptq_cli.calibration.windows import ImageWindow, Windows
+from gptq_cli.calibration.images import ImageWindow, load_processor, located
+from gptq_cli.calibration.windows import Windows
 from gptq_cli.checkpoint.source import open_checkpoint
 from gptq_cli.errors import GptqError
 from gptq_cli.evaluation.perplexity import evaluate_perplexity
