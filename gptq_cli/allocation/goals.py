@@ -13,7 +13,15 @@ from gptq_cli.checkpoint.source import Checkpoint
 from gptq_cli.config.fields import size_in_bytes
 from gptq_cli.config.layer import HOLDS, LayerConfig
 from gptq_cli.config.schema import QuantizeConfig
-from gptq_cli.config.serving import ANY, Export, engines_that_fuse, export_of, target_problems
+from gptq_cli.config.serving import (
+    ANY,
+    Export,
+    Verdict,
+    engines_that_fuse,
+    export_of,
+    target_problems,
+    verdicts,
+)
 from gptq_cli.errors import ConfigError, Problem, one_of, size
 from gptq_cli.planning.plan import plan_checkpoint, with_group_size
 
@@ -53,6 +61,11 @@ def fusing_engines(config: QuantizeConfig) -> list[str]:
     only the target if there is one.
     """
     return engines_that_fuse(_export(config, allowed_bits(config)), config.target)
+
+
+def engines_of_goal(config: QuantizeConfig) -> tuple[Verdict, ...]:
+    """Return the verdict of each engine on an output that has layers of all allowed widths."""
+    return verdicts(_export(config, allowed_bits(config)))
 
 
 def about_units(fusing: Sequence[str], target: str | None) -> str:

@@ -14,6 +14,7 @@ from gptq_cli.cli.console import (
     indented_lines,
     on_one_line,
     time_line,
+    unread_line,
     with_engines,
 )
 from gptq_cli.cli.launch import launch_processes, working
@@ -21,7 +22,7 @@ from gptq_cli.config.fields import Panel, seconds
 from gptq_cli.config.layer import BITS
 from gptq_cli.config.resolve import resolve
 from gptq_cli.config.schema import QuantizeConfig
-from gptq_cli.errors import counted, shell_words, size
+from gptq_cli.errors import counted, one_of, shell_words, size
 
 if TYPE_CHECKING:
     from gptq_cli.allocation.result import AllocateResult
@@ -91,6 +92,8 @@ def allocate(
 
         place = check_configuration(output, overwrite=overwrite, has_goal=resolved.has_goal)
     launch_processes(console, prepared, named, Path.cwd())
+    if resolved.has_goal:
+        console.show_notes(notes_on_goal(resolved.config))
     from gptq_cli.allocation.result import allocated_result
     from gptq_cli.allocation.run import measure_model
 
@@ -107,6 +110,23 @@ def allocate(
         if revision is not None:
             words += ["--revision", revision]
         console.say(f"next: {shell_words(words)}")
+
+
+def notes_on_goal(goal: QuantizeConfig) -> list[str]:
+    """Return notes about the engines that the widths of a goal exclude, before they are measured.
+
+    A user who has chosen a target gets none, because only widths that it loads are allowed.
+    """
+    from gptq_cli.allocation.goals import allowed_bits, engines_of_goal
+
+    unread = unread_line(engines_of_goal(goal))
+    if goal.target is not None or unread is None:
+        return []
+    widths = one_of(allowed_bits(goal))
+    return [
+        f"layers may get {widths} bits; an output with all of these {unread}",
+        "with --target ENGINE, layers get only widths that this engine loads",
+    ]
 
 
 def allocated(

@@ -159,6 +159,10 @@ def _carry_out(
     """Carry out a run on `devices`, with widths that are measured if `goal` allocates; show it."""
     from gptq_cli.planning.checks import scanning
 
+    if goal.allocates:
+        from gptq_cli.cli.allocate import notes_on_goal
+
+        console.show_notes(notes_on_goal(goal))
     with (
         scanning(prepared, reads=is_first_here()) as prepared,
         working(console, prepared, devices, prepared.output) as (worker, progress),

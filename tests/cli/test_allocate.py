@@ -9,7 +9,9 @@ from typing import Any
 
 import pytest
 
+from gptq_cli.cli.allocate import notes_on_goal
 from gptq_cli.config.resolve import load_config
+from gptq_cli.config.schema import QuantizeConfig
 from tests.families import save_model, texts
 
 from .conftest import Run
@@ -55,6 +57,33 @@ def test_a_target_size_is_met_from_below_by_less_than_a_unit(gptq: Run, place: P
     files = [path.stat().st_size for path in out.glob("*.safetensors")]
     assert sum(files) == found["chosen"]["bytes"]
     assert (out / "gptq_allocation.json").is_file()
+    said = done.stderr.splitlines()
+    note = (
+        "note: layers may get 2, 3 or 4 bits; an output with all of these does not load in "
+        "vllm, sglang, transformers, llama.cpp"
+    )
+    (place_of_note,) = [number for number, line in enumerate(said) if line.startswith(note)]
+    assert said[place_of_note + 1].startswith("note: with --target ENGINE")
+    measured = [number for number, line in enumerate(said) if line.startswith("block 1/")]
+    assert place_of_note < measured[0]
+
+
+@pytest.mark.parametrize("widths", [[2, 3, 4, 8], [4, 8]])
+def test_a_run_with_a_goal_names_the_engines_that_the_plan_names(
+    widths: list[int], gptq: Run, place: Path
+) -> None:
+    allowed = "--allow-bits=" + ",".join(map(str, widths))
+    plan = gptq("plan", *settings(place), "--bits=5", allowed, "--json")
+    note, _ = notes_on_goal(QuantizeConfig(bits=5, group_size=32, allow_bits=widths))
+    named = note.partition(" does not load in ")[2].split(", ")
+    for engine, verdict in json.loads(plan.stdout)["engines"].items():
+        assert (engine in named) == (verdict["outcome"] in ("no", "wrong"))
+    assert len(named) >= 2
+
+
+@pytest.mark.parametrize("target", ["vllm", "gptqmodel"])
+def test_a_run_for_a_target_has_no_note_about_engines(target: str) -> None:
+    assert notes_on_goal(QuantizeConfig(bits=5, allow_bits=[4, 8], target=target)) == []
 
 
 def test_the_written_rules_do_what_quantize_does_alone(gptq: Run, place: Path) -> None:
