@@ -1,7 +1,7 @@
 """The two streams of a command: stdout holds the result and nothing else, stderr the messages.
 
 Text from users and files is never taken as markup. Lines are neither wrapped nor cut, except that
-`fitted` wraps some at the width of a terminal.
+`fitted` wraps results, and `_wrapped` messages, at the width of a terminal.
 """
 
 from __future__ import annotations
@@ -56,6 +56,8 @@ PAINT = {  # the start of a line, and its colour
     re.compile(r"^(hint|note|next):", re.MULTILINE): "36",
     re.compile(r"^ +\| +\^$", re.MULTILINE): "31",
 }
+WRAPPED = re.compile(r"(error|warning)\[\w+\]|(hint|note):")  # the start of a line that is prose
+COPIED = re.compile(r"gptq |--\w")  # of a command or an option
 LOG_MARK = "log of gptq"
 BEGAN = "_GPTQ_BEGAN"  # a variable of `main`: when the command began, in seconds since 1970
 
@@ -356,8 +358,10 @@ def _print(stream: TextIO | None, text: str) -> None:
     if stream is not None and not stream.closed and not log.muted:
         encoding = stream.encoding or "utf-8"
         text = visible(text).encode(encoding, "backslashreplace").decode(encoding)
-        if stream is sys.stderr and wants_colour(stream):
-            text = _painted(text)
+        if stream is sys.stderr:
+            text = _wrapped(text, window(stream))
+            if wants_colour(stream):
+                text = _painted(text)
         stream.write(text + "\n")
         stream.flush()
 
@@ -374,6 +378,19 @@ def wants_colour(stream: TextIO) -> bool:
     if os.environ.get("FORCE_COLOR", "0") not in ("", "0"):
         return True
     return stream.isatty() and os.environ.get("TERM") != "dumb"
+
+
+def _wrapped(text: str, width: int) -> str:
+    """Return messages with long lines wrapped at `width`; no wrapped part looks like a message.
+
+    A line with a command or an option stays whole, so that a user can copy it.
+    """
+    lines = []
+    for line in text.split("\n"):
+        if WRAPPED.match(line) and not COPIED.search(line):
+            line = _filled(line, width, 2)
+        lines.append(line)
+    return "\n".join(lines)
 
 
 def _painted(text: str) -> str:
@@ -434,23 +451,43 @@ def indented_lines(lines: Iterable[str]) -> list[str]:
 
 
 def fitted(line: str, indent: int = 2) -> str:
-    """Return `line` wrapped and indented if stdout is a terminal and narrower, else unchanged."""
-    if len(line) <= window():
+    """Return `line` wrapped and indented if stdout is a terminal and narrower, else unchanged.
+
+    A line that begins with more blanks than `indent` keeps its own indent.
+    """
+    own = len(line) - len(line.lstrip(" "))
+    return _filled(line, window(sys.stdout), max(indent, own))
+
+
+def fitted_lines(lines: Iterable[str], indent: int) -> list[str]:
+    """Return `lines` of a result, each `fitted`, with a name of `indent` columns at its start."""
+    return [fitted(on_one_line(line), indent) for line in lines]
+
+
+def _filled(line: str, width: int, indent: int) -> str:
+    """Return `line` with its words in lines of at most `width` columns."""
+    if len(line) <= width:
         return line
     return fill(
         line,
-        window(),
+        width,
         subsequent_indent=" " * indent,
         break_long_words=False,
         break_on_hyphens=False,
     )
 
 
-def window() -> int:
-    """Return the columns of the terminal that stdout is, a very large number if it is none."""
-    if sys.stdout is None or not sys.stdout.isatty():
+def window(stream: TextIO | None) -> int:
+    """Return the columns of the terminal that `stream` is, a very large number if it is none."""
+    if stream is None or not stream.isatty():
         return sys.maxsize
-    return get_terminal_size().columns
+    columns = os.environ.get("COLUMNS", "")
+    if columns.isdecimal() and int(columns):
+        return int(columns)
+    try:
+        return os.get_terminal_size(stream.fileno()).columns or sys.maxsize
+    except (OSError, ValueError):  # it has no file
+        return get_terminal_size().columns
 
 
 def shortened(names: Sequence[str], width: int, noun: str) -> str:
@@ -476,7 +513,7 @@ def with_engines(
 
     The column has `most` letters at most, and fewer if stdout is a narrower terminal.
     """
-    room = min(most, window() - max(map(len, lines)) - 2)
+    room = min(most, window(sys.stdout) - max(map(len, lines)) - 2)
     cells = ["loads in", *[shortened(engines, room, "engine") for engines in loads]]
     width = max(map(len, lines))
     return [f"{line:{width}}  {cell}" for line, cell in zip(lines, cells, strict=True)]
@@ -513,7 +550,7 @@ def engine_lines(judged: Sequence[Verdict]) -> list[str]:
     clean = [verdict.engine for verdict in judged if verdict.outcome == "yes"]
     if clean:
         line = f"{WORDS['yes']} {', '.join(clean)}"
-        width = min(ENGINES_WIDTH, window())
+        width = min(ENGINES_WIDTH, window(sys.stdout))
         lines += wrap(line, width, subsequent_indent="  ", break_on_hyphens=False)
     for verdict in judged:
         if verdict.outcome != "yes":

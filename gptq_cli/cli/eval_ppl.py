@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
 from gptq_cli.cli import options as o
-from gptq_cli.cli.console import Console, joined, time_line
+from gptq_cli.cli.console import Console, fitted_lines, time_line
 from gptq_cli.cli.progress import Progress
 from gptq_cli.config.fields import Panel
 from gptq_cli.config.resolve import check_flags
@@ -108,8 +108,8 @@ def eval_ppl(
     )
     with Progress(console) as progress:
         result = evaluate_perplexity(model, request, on_event=progress)
-    lines = [*summary_of(result), time_line(result.seconds, 11)]
-    output = (result.to_json(), joined(lines), f"{result.perplexity:.6g}")
+    lines = fitted_lines([*summary_of(result), time_line(result.seconds, 11)], indent=12)
+    output = (result.to_json(), "\n".join(lines), f"{result.perplexity:.6g}")
     failed = _failed_gates(result, limits)
     if failed:
         console.refused(*output, GateError.of(failed))

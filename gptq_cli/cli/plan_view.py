@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from textwrap import wrap
@@ -140,7 +141,7 @@ def _memory_lines(found: PlanResult) -> list[str]:
     if found.devices > 1:
         each = f" for each of {found.devices} processes"
     terms = ", ".join(f"{term.what} {size(term.nbytes)}" for term in memory.cpu)
-    width = min(78, window())
+    width = min(78, window(sys.stdout))
     gpu, host = size(total(memory.accelerator)), size(total(memory.accelerator_host))
     return [
         f"memory  about {size(total(memory.cpu))} on the CPU{each} (estimate):",

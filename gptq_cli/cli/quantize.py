@@ -15,7 +15,14 @@ import typer
 from pydantic import BaseModel, BeforeValidator, StrictBool, TypeAdapter
 
 from gptq_cli.cli import options as o
-from gptq_cli.cli.console import Console, engine_lines, fitted, on_one_line, time_line
+from gptq_cli.cli.console import (
+    Console,
+    engine_lines,
+    fitted,
+    fitted_lines,
+    on_one_line,
+    time_line,
+)
 from gptq_cli.cli.launch import (
     is_first_here,
     is_leader,
@@ -200,14 +207,15 @@ def _finish(
     if page is not None:
         console.say(f"report: {page}")
     lines = [
-        *map(on_one_line, _summary(result, prepared.config)),
+        on_one_line(str(result.output)),
+        *fitted_lines(_summary(result, prepared.config), indent=7),
         *map(fitted, engine_lines(result.engines)),
     ]
     data = {**result.to_json(), "evaluation": None}
     if measured is not None:
         from gptq_cli.cli.eval_ppl import summary_of
 
-        lines += map(on_one_line, summary_of(measured))
+        lines += fitted_lines(summary_of(measured), indent=12)
         data["evaluation"] = measured.to_json()
     console.result(data, "\n".join(lines), result.output)
     if prepared.options.stream_download and not prepared.located.is_complete:
@@ -367,7 +375,7 @@ def _beside(output: Path, name: str) -> str:
 def _summary(result: QuantizeResult, config: QuantizeConfig) -> list[str]:
     sizes = f"{size(result.bytes_before)} -> {size(result.bytes_after)}"
     smaller = f"{result.bytes_before / result.bytes_after:.2f}x smaller"
-    lines = [str(result.output), f"size   {sizes} ({smaller})"]
+    lines = [f"size   {sizes} ({smaller})"]
     if result.layers:
         lines += _error_lines(result.layers)
     if result.experts:

@@ -57,7 +57,7 @@ def validate_config(
         text = to_yaml(resolved.config) + "".join(f"# {line}\n" for line in lines)
         return console.document(data, text.rstrip("\n"))
     summary = on_one_line(f"{file}: ok, {_settings(resolved.config)}")
-    return console.result(data, "\n".join([summary, *map(fitted, lines)]), "ok")
+    return console.result(data, "\n".join(map(fitted, [summary, *lines])), "ok")
 
 
 def _settings(config: QuantizeConfig) -> str:

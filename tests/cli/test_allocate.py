@@ -128,7 +128,7 @@ def test_the_frontier_fits_a_terminal_of_80_columns(
     console = import_module("gptq_cli.cli.console")
     words = [*settings(place), "--allow-bits=2,3,4,8"]
     wide = gptq("allocate", *words).stdout.splitlines()
-    monkeypatch.setattr(console, "window", lambda: 80)
+    monkeypatch.setattr(console, "window", lambda _: 80)
     narrow = gptq("allocate", *words).stdout.splitlines()
     assert max(map(len, wide)) > 80 >= max(map(len, narrow))
     shown = [line for line in narrow if " +" in line]

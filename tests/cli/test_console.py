@@ -11,7 +11,7 @@ import pytest
 import typer
 
 from gptq_cli.cli.app import app
-from gptq_cli.cli.console import as_json_text, fitted, shortened, with_engines
+from gptq_cli.cli.console import as_json_text, fitted, shortened, with_engines, write
 from gptq_cli.errors import clock, size
 
 from .conftest import Run
@@ -57,6 +57,51 @@ def test_only_a_narrow_terminal_wraps_prose(
     assert shown[1:] == [" " * 10 + "/a/path/that/is/longer/than/the/terminal/is/wide"]
     monkeypatch.setenv("COLUMNS", "200")
     assert fitted(line, 10) == line
+
+
+def test_a_wrapped_line_keeps_its_own_indent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "20")
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    assert fitted("          one two three four", 8) == "          one two\n          three four"
+    assert fitted("    one two three four five", 8) == "    one two three\n        four five"
+
+
+PROSE = "the first of several words about what has happened here"
+WHOLE = [
+    "next: gptq eval-ppl ./out --baseline ./model --dataset FILE",
+    "hint: finish it: gptq resume '.a b.gptq-work', or choose another name",
+    "hint: allow other widths with the option --allow-bits 3,4 --bits 3.5",
+    "block 1/4 model.layers.0 error 1.6e-03 (rtn 7.2e-03) 2.1 s eta 0:00:06",
+    "   3 | a line of the file that is longer than the terminal is wide",
+]
+
+
+@pytest.mark.parametrize("start", ["error[E_X]:", "warning[W_X]:", "hint:", "note:"])
+def test_a_narrow_terminal_wraps_messages_between_words(
+    start: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    write(sys.stderr, f"{start} {PROSE}")
+    assert capsys.readouterr().err == f"{start} {PROSE}\n"  # no terminal
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    monkeypatch.setenv("NO_COLOR", "1")
+    write(sys.stderr, f"{start} {PROSE}\nother {PROSE}")
+    *lines, other = capsys.readouterr().err.splitlines()
+    assert other == f"other {PROSE}"
+    assert max(map(len, lines)) <= 40
+    assert [line.startswith("  ") for line in lines] == [False] + [True] * (len(lines) - 1)
+    assert " ".join(" ".join(lines).split()) == f"{start} {PROSE}"
+
+
+@pytest.mark.parametrize("line", WHOLE)
+def test_what_a_user_copies_and_what_shows_a_place_is_not_wrapped(
+    line: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    write(sys.stderr, line)
+    assert capsys.readouterr().err == f"{line}\n"
 
 
 def test_engines_fill_the_rest_of_a_row_of_a_table(monkeypatch: pytest.MonkeyPatch) -> None:
