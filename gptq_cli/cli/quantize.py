@@ -52,6 +52,7 @@ SERVING = {  # commands of engines; the first one that loads the output is shown
     "sglang": "python -m sglang.launch_server --model-path {}",
     "llama.cpp": "python convert_hf_to_gguf.py {} --outfile model.gguf",
 }
+OTHER_TEXT = "FILE"  # in a command: a text that the user has to choose
 EVERYDAY = ("bits", "group_size", "preset", "dataset", "target", "output", "config")
 
 Unfinished = Annotated[
@@ -200,7 +201,7 @@ def _finish(
         from gptq_cli.api import evaluate_perplexity
 
         request = _evaluation_of(prepared)
-        _note_same_text(console, result, prepared, "--eval")
+        _note_same_text(console, result, prepared)
         with Progress(console) as progress:
             measured = evaluate_perplexity(result.output, request, on_event=progress)
         page = _report(console, result, measured, with_page=with_page)
@@ -222,7 +223,7 @@ def _finish(
         again = f"what measures against it downloads {size(result.bytes_before)} again"
         console.say(f"note: the original was not kept on the disk: {again}")
     if measured is None:
-        _note_same_text(console, result, prepared, "the next command")
+        _note_other_text(console, prepared)
     for line in _next_steps(result, prepared, measured):
         console.say(f"next: {line}")
 
@@ -268,8 +269,8 @@ def _check_evaluation(config: QuantizeConfig, *, streams: bool = False) -> None:
 def _evaluation_of(prepared: PreparedRun) -> EvalRequest:
     """Return the request that compares the output of a run with its original.
 
-    Its text is the one that `_measuring` names. A file is read no further than the calibration may
-    have read it.
+    Its text is the first one of the calibration, if that is on this machine. A file is read no
+    further than the calibration may have read it.
     """
     from gptq_cli.evaluation.request import EvalRequest
 
@@ -296,19 +297,23 @@ def _evaluation_of(prepared: PreparedRun) -> EvalRequest:
     )
 
 
-def _note_same_text(
-    console: Console, result: QuantizeResult, prepared: PreparedRun, what: str
-) -> None:
-    """Tell if `what` measures on the text of the calibration, and how to measure on another."""
-    from gptq_cli.config.corpora import BUILT_IN
-
-    source = _own_text(prepared)
-    if source is None or source.name == BUILT_IN:  # which has another text for evaluations
+def _note_same_text(console: Console, result: QuantizeResult, prepared: PreparedRun) -> None:
+    """Tell if --eval measures on the text of the calibration, and how to measure on another."""
+    file = _own_file(prepared)
+    if file is None:
         return
     words = ["gptq", "eval-ppl", str(result.output), "--baseline", prepared.model]
-    command = f"{shell_words(words)} --dataset FILE"
-    same = f"{what} measures on `{source.name}`, which the calibration has read"
+    command = f"{shell_words(words)} --dataset {OTHER_TEXT}"
+    same = f"--eval measures on `{file.name}`, which the calibration has read"
     console.show_notes([f"{same}; to measure on other text: {command}"])
+
+
+def _note_other_text(console: Console, prepared: PreparedRun) -> None:
+    """Tell what OTHER_TEXT stands for, if the command that measures the output names it."""
+    file = _own_file(prepared)
+    if file is not None:
+        kind = f"text of the same kind as `{file.name}`, but which the calibration has not read"
+        console.show_notes([f"{OTHER_TEXT} stands for {kind}"])
 
 
 def _own_text(prepared: PreparedRun) -> DatasetSource | None:
@@ -326,6 +331,19 @@ def _own_text(prepared: PreparedRun) -> DatasetSource | None:
     if is_path(source.name) or source.name == BUILT_IN:
         return source
     return None
+
+
+def _own_file(prepared: PreparedRun) -> DatasetSource | None:
+    """Return the first text of a run if it is a file or folder of the user, else None.
+
+    The built-in corpus, which is none, has another text for evaluations.
+    """
+    from gptq_cli.config.corpora import BUILT_IN
+
+    source = _own_text(prepared)
+    if source is None or source.name == BUILT_IN:
+        return None
+    return source
 
 
 def _next_steps(
@@ -346,11 +364,16 @@ def _next_steps(
 
 
 def _measuring(result: QuantizeResult, prepared: PreparedRun) -> str:
-    """Return the command that measures the output, on text of this machine if the run had some."""
+    """Return the command that measures the output, on text of this machine if the run had some.
+
+    In place of a file that the calibration has read it names OTHER_TEXT.
+    """
     words = ["gptq", "eval-ppl", str(result.output), "--baseline", prepared.model]
     source = _own_text(prepared)
     if source is not None:
-        text = _beside(result.output, source.name)
+        text = source.name
+        if _own_file(prepared) is not None:
+            text = OTHER_TEXT
         words += ["--dataset", text, "--seqlen", str(prepared.config.seqlen)]
         for column in source.columns:
             words += ["--text-column", column]
@@ -364,10 +387,9 @@ def _beside(output: Path, name: str) -> str:
 
     `gptq resume` runs in the folder of the first command, but its user may be in another one.
     """
-    from gptq_cli.config.corpora import BUILT_IN
     from gptq_cli.files import expanded
 
-    if output.is_absolute() and name != BUILT_IN:
+    if output.is_absolute():
         return str(Path.cwd() / expanded(name))
     return name
 

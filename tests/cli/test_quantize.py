@@ -331,7 +331,7 @@ def test_a_finished_run_shows_the_next_two_commands(
     assert "next:" not in result.stdout
 
 
-def test_the_next_command_measures_on_text_of_this_machine(
+def test_the_next_command_measures_on_text_that_the_calibration_has_not_read(
     gptq: Run, quantizer: FakeQuantizer, tmp_path: Path
 ) -> None:
     del quantizer
@@ -341,14 +341,13 @@ def test_the_next_command_measures_on_text_of_this_machine(
     result = gptq("quantize", "m", "-b", "4", "-o", "out", *words)
     measuring = result.stderr.splitlines()[-2]
     assert measuring == (
-        f"next: gptq eval-ppl out --baseline m --dataset '{rows}' --seqlen 64 "
+        "next: gptq eval-ppl out --baseline m --dataset FILE --seqlen 64 "
         "--text-column a --text-column b"
     )
-    same = f"note: the next command measures on `{rows}`, which the calibration has read; "
-    other = "to measure on other text: gptq eval-ppl out --baseline m --dataset FILE"
-    assert result.stderr.splitlines()[-3] == same + other
+    kind = f"text of the same kind as `{rows}`, but which the calibration has not read"
+    assert result.stderr.splitlines()[-3] == f"note: FILE stands for {kind}"
     result = gptq("quantize", "m", "-o", "out", "--dataset", "english", "--seqlen", "64")
-    assert "which the calibration has read" not in result.stderr
+    assert "FILE" not in result.stderr
     measuring = result.stderr.splitlines()[-2]
     assert measuring == "next: gptq eval-ppl out --baseline m --dataset english --seqlen 64"
 
@@ -368,7 +367,7 @@ def test_the_next_command_has_the_template_of_chats_in_a_mix(
     texts = sorted(["chats.jsonl", "plain.txt"], key=lambda name: name != first)
     words = ["--dataset", f"{texts[0]}:0.75", "--dataset", f"{texts[1]}:0.25", "--seqlen", "64"]
     result = gptq("quantize", "m", "-o", "out", *words, "--chat-template", "chat.jinja")
-    expected = f"next: gptq eval-ppl out --baseline m --dataset {first} --seqlen 64"
+    expected = "next: gptq eval-ppl out --baseline m --dataset FILE --seqlen 64"
     if first == "chats.jsonl":
         expected += " --chat-template chat.jinja"
     assert result.stderr.splitlines()[-2] == expected

@@ -91,14 +91,17 @@ def test_the_next_command_after_resume_works_in_any_folder(
 ) -> None:
     del quantizer
     (tmp_path / "there").mkdir()
-    (tmp_path / "there/text.txt").write_text("a b c")
-    config = QuantizeConfig(bits=3, dataset="text.txt", seqlen=64)
+    row = {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}]}
+    (tmp_path / "there/chats.jsonl").write_text(json.dumps(row))
+    (tmp_path / "there/chat.jinja").write_text("{{ messages[0].content }}")
+    template = {"chat_template": "chat.jinja"}
+    config = QuantizeConfig(bits=3, dataset="chats.jsonl", seqlen=64, **template)
     work = begun(tmp_path, config=config.model_dump(mode="json"))
     monkeypatch.chdir("/")
     result = gptq("resume", work)
     assert result.stderr.splitlines()[-2] == (
-        f"next: gptq eval-ppl {tmp_path}/o --baseline org/m --dataset {tmp_path}/there/text.txt "
-        "--seqlen 64"
+        f"next: gptq eval-ppl {tmp_path}/o --baseline org/m --dataset FILE --seqlen 64 "
+        f"--chat-template {tmp_path}/there/chat.jinja"
     )
 
 
