@@ -252,7 +252,7 @@ def preview_run(
     plan = plan_checkpoint(checkpoint, config)
     seconds = None
     if with_time:
-        seconds = _measured_seconds(plan, config, devices)
+        seconds = _measured_seconds(plan, bounded(config, checkpoint), devices, report)
     disk = estimate_disk(plan, config, output)
     download = None
     if not source.is_complete:
@@ -393,12 +393,14 @@ def _notes_on_stacks(plan: RunPlan) -> list[str]:
     return [f"{text}: the plan keeps them, but the run asks the model, and may quantize them"]
 
 
-def _measured_seconds(plan: RunPlan, config: QuantizeConfig, devices: int) -> Seconds:
+def _measured_seconds(
+    plan: RunPlan, config: QuantizeConfig, devices: int, report: Report
+) -> Seconds:
     """Measure the device of the run and estimate the time of the run.
 
-    Raise ConfigError E_CFG_CONFLICT for several devices.
+    Report W_SLOW_DTYPE as the run would. Raise ConfigError E_CFG_CONFLICT for several devices.
     """
-    from gptq_cli.runtime.device import resolve_device
+    from gptq_cli.runtime.device import report_slow_dtype, resolve_device
     from gptq_cli.runtime.open_model import DTYPES
     from gptq_cli.runtime.rates import measure_rates
 
@@ -409,6 +411,7 @@ def _measured_seconds(plan: RunPlan, config: QuantizeConfig, devices: int) -> Se
     assert widest.config is not None
     dtype = DTYPES[forward_dtype(plan.source, config.dtype)]
     device = resolve_device(config.device)
+    report_slow_dtype(device, config.dtype, plan.source, config.nsamples * config.seqlen, report)
     rates = measure_rates(device, dtype, widest.in_features, widest.config, widest.weight.file)
     return estimate_time(plan, config, rates)
 

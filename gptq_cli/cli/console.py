@@ -15,7 +15,7 @@ import sys
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import zip_longest
 from pathlib import Path
 from shutil import get_terminal_size
@@ -75,10 +75,12 @@ class Console:
     """The output of one command.
 
     With `as_json` the result is one JSON object; with `quiet` it is as short as is still useful.
+    `warned` holds the warnings that were written: the parts of a command may repeat one.
     """
 
     as_json: bool = False
     quiet: bool = False
+    warned: set[str] = field(default_factory=set, compare=False)
 
     def say(self, line: str) -> None:
         """Write a line of progress or advice on stderr, unless `quiet`."""
@@ -107,8 +109,11 @@ class Console:
             log.write(line)
 
     def warn(self, code: str, message: str) -> None:
-        """Write a warning on stderr, even if `quiet`."""
-        write(sys.stderr, on_one_line(f"warning[{code}]: {message}"))
+        """Write a warning on stderr, even if `quiet`, unless it was written before."""
+        line = on_one_line(f"warning[{code}]: {message}")
+        if line not in self.warned:
+            self.warned.add(line)
+            write(sys.stderr, line)
 
     def advise(self, line: str) -> None:
         """Write a line that the user needs in order to continue on stderr, even if `quiet`."""

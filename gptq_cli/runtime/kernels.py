@@ -39,6 +39,7 @@ class KernelTrial:
     def __init__(self, device: torch.device, config: LayerConfig) -> None:
         self._device = device
         self._error: Exception | None = None
+        self._told = False
         # Modules that import each other are imported here, as the main thread goes on importing.
         self._try(partial(import_module, KERNELS))
         launch = partial(_launch, device, config)
@@ -50,7 +51,7 @@ class KernelTrial:
     def settle(self, ranks: Ranks, report: Report) -> None:
         """Wait for the launch. If it failed in any of the processes, all use torch operations.
 
-        W_NO_KERNELS is then reported. Raises the error if the GPU or its memory has failed.
+        W_NO_KERNELS is then reported, once. Raises the error if the GPU or its memory has failed.
         """
         self._thread.join()
         reasons = ranks.all_gather([self._reason()])
@@ -58,7 +59,9 @@ class KernelTrial:
             WITHOUT_KERNELS.add(self._device.type)
             text = f"the solver's kernels cannot run on {self._device}: {reason}"
             slower = "torch does the same steps, about ten times slower (estimated)"
-            report(Warned("W_NO_KERNELS", f"{text}; {slower}"))
+            if not self._told:  # by the measurement before a run with a goal
+                report(Warned("W_NO_KERNELS", f"{text}; {slower}"))
+            self._told = True
             return
 
     def _try(self, step: Callable[[], object]) -> None:

@@ -11,7 +11,7 @@ import pytest
 import typer
 
 from gptq_cli.cli.app import app
-from gptq_cli.cli.console import as_json_text, fitted, shortened, with_engines, write
+from gptq_cli.cli.console import Console, as_json_text, fitted, shortened, with_engines, write
 from gptq_cli.errors import clock, size
 
 from .conftest import Run
@@ -102,6 +102,15 @@ def test_what_a_user_copies_and_what_shows_a_place_is_not_wrapped(
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
     write(sys.stderr, line)
     assert capsys.readouterr().err == f"{line}\n"
+
+
+def test_a_command_writes_each_warning_once(capsys: pytest.CaptureFixture[str]) -> None:
+    for console in (Console(), Console(quiet=True)):
+        for message in ("slow", "late", "slow"):
+            console.warn("W_X", message)
+        console.warn("W_Y", "slow")
+    written = "warning[W_X]: slow\nwarning[W_X]: late\nwarning[W_Y]: slow\n"
+    assert capsys.readouterr().err == 2 * written
 
 
 def test_engines_fill_the_rest_of_a_row_of_a_table(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -25,6 +25,7 @@ from gptq_cli.evaluation.perplexity import evaluate_perplexity
 from gptq_cli.evaluation.request import EvalRequest
 from gptq_cli.events import BlockFinished, Event, LayerReport, PhaseStarted, Warned
 from gptq_cli.models import experts
+from gptq_cli.preview import preview_run
 from gptq_cli.quantization import layers
 from gptq_cli.quantization.layers import Inputs
 from gptq_cli.quantization.run import quantize_checkpoint
@@ -334,7 +335,7 @@ def test_float32_and_a_gpu_are_not_slow(
     assert events == []
 
 
-def test_a_run_and_an_evaluation_ask_how_fast_16_bits_are(
+def test_a_run_an_evaluation_and_an_estimate_of_time_ask_how_fast_16_bits_are(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
@@ -348,3 +349,8 @@ def test_a_run_and_an_evaluation_ask_how_fast_16_bits_are(
     request = EvalRequest(dataset=text_file(), seqlen=16, max_windows=2, device="cpu")
     evaluate_perplexity(str(done.output), request, events.append)
     assert len(messages(events, "W_SLOW_DTYPE")) == 2
+    preview_run(str(model), settings, report=events.append)
+    assert len(messages(events, "W_SLOW_DTYPE")) == 2
+    preview_run(str(model), settings, with_time=True, report=events.append)
+    assert len(messages(events, "W_SLOW_DTYPE")) == 3
+    assert len(set(messages(events, "W_SLOW_DTYPE"))) == 1
