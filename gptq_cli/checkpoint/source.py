@@ -248,7 +248,7 @@ def open_checkpoint(directory: Path, files: WeightFiles | None = None) -> Checkp
     config, repeated = read_config(directory / "config.json")
     stored = _read_tensors(directory, files or LocalFiles(directory))
     if is_of_mlx("quantization", config.get("quantization")):
-        from gptq_cli.checkpoint.mlx import unstacked
+        from gptq_cli.checkpoint.mlx_experts import unstacked
 
         stored = stored._replace(tensors=unstacked(stored.tensors))
     has_adapter = directory / ADAPTER_CONFIG in stamps
