@@ -13,7 +13,7 @@ import math
 import os
 import stat
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from hashlib import sha256
@@ -21,7 +21,7 @@ from pathlib import Path
 from threading import Event
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from gptq_cli.errors import InputError
+from gptq_cli.errors import InputError, Problem
 from gptq_cli.files import ByteCount, file_errors
 from gptq_cli.storage.manifest import CHUNK_BYTES, TICK, in_threads
 
@@ -105,6 +105,22 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
     """
     raw, size = _read_raw(file)
     return parse_header(file, raw, size)
+
+
+def read_headers(
+    names: Sequence[str], read: Callable[[str], dict[str, TensorInfo]]
+) -> dict[str, dict[str, TensorInfo]]:
+    """Return the tensors of each shard; one InputError for all shards that are torn."""
+    shards: dict[str, dict[str, TensorInfo]] = {}
+    problems: list[Problem] = []
+    for name in names:
+        try:
+            shards[name] = read(name)
+        except InputError as error:
+            problems += error.problems
+    if problems:
+        raise InputError.of(problems)
+    return shards
 
 
 def parse_header(file: Path, raw: bytes, size: int) -> dict[str, TensorInfo]:

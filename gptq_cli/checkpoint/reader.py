@@ -40,7 +40,7 @@ from gptq_cli.solver.triton_launch import dequantize_packed
 if TYPE_CHECKING:
     from gptq_cli.checkpoint.adapters import MergingReader
     from gptq_cli.checkpoint.coded_reader import CodedReader
-    from gptq_cli.checkpoint.streaming import FetchingReader
+    from gptq_cli.checkpoint.download import FetchingReader
 
 VALUES = 32  # values packed together
 BYTE = 8  # bits
@@ -307,7 +307,7 @@ def open_reader(
         model = replace(checkpoint, adapters=())
         return MergingReader(open_reader(model, device, backend), checkpoint)
     if checkpoint.download is not None:
-        from gptq_cli.checkpoint.streaming import FetchingReader
+        from gptq_cli.checkpoint.download import FetchingReader
 
         fetched = replace(checkpoint, download=None)
         return FetchingReader(open_reader(fetched, device, backend), checkpoint.download)

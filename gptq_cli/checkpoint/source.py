@@ -5,12 +5,12 @@ Reads headers only. Needs no torch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from gptq_cli.checkpoint.headers import DTYPES_OF_CONFIG, TensorInfo, read_header
+from gptq_cli.checkpoint.headers import DTYPES_OF_CONFIG, TensorInfo, read_header, read_headers
 from gptq_cli.checkpoint.layout import SINGLE_FILE
 from gptq_cli.checkpoint.model_files import (
     ADAPTER_CONFIG,
@@ -27,14 +27,14 @@ from gptq_cli.checkpoint.model_files import (
     refuse_other_kinds,
     side_files,
 )
-from gptq_cli.errors import InputError, Problem, cut
+from gptq_cli.errors import InputError, cut
 from gptq_cli.files import Stamp, check_stamps, files_below, is_file, stamp_of, status_of
 from gptq_cli.storage.manifest import INDEX_NAME, QUANTIZE_CONFIG
 
 if TYPE_CHECKING:
     from gptq_cli.checkpoint.adapters import Adapter
     from gptq_cli.checkpoint.coded import Coded
-    from gptq_cli.checkpoint.streaming import Download
+    from gptq_cli.checkpoint.download import Download
 
 CODES_OF_BITSANDBYTES = ("U8", "I8")
 FP8 = "fp8"
@@ -412,22 +412,6 @@ def _check_shard_names(directory: Path, index: Path, names: Sequence[str]) -> No
         if not name.endswith(".safetensors"):
             message = f"`{index}` names a file that is not a safetensors file: {name!r}"
             raise InputError("E_CKPT_INDEX", message)
-
-
-def read_headers(
-    names: Sequence[str], read: Callable[[str], dict[str, TensorInfo]]
-) -> dict[str, dict[str, TensorInfo]]:
-    """Return the tensors of each shard; one InputError for all shards that are torn."""
-    shards: dict[str, dict[str, TensorInfo]] = {}
-    problems: list[Problem] = []
-    for name in names:
-        try:
-            shards[name] = read(name)
-        except InputError as error:
-            problems += error.problems
-    if problems:
-        raise InputError.of(problems)
-    return shards
 
 
 def merge_shards(

@@ -458,7 +458,7 @@ def streamed_bytes(plan: RunPlan) -> int:
 
     These are two blocks, and everything that is in no block.
     """
-    from gptq_cli.checkpoint.streaming import most_bytes_at_once
+    from gptq_cli.checkpoint.download import most_bytes_at_once
 
     return most_bytes_at_once(plan.source.tensors.values(), plan.blocks)
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gptq_cli.checkpoint.streaming import FetchingReader, is_block
+from gptq_cli.checkpoint.download import FetchingReader, is_block
 from gptq_cli.models.stream import ReadAhead
 from tests.simulated_gpu import simulated_gpu
 

@@ -10,9 +10,9 @@ import pytest
 from huggingface_hub.errors import HfHubHTTPError
 
 from gptq_cli.checkpoint import ranges
+from gptq_cli.checkpoint.download import is_block, most_bytes_at_once, piece_of
 from gptq_cli.checkpoint.headers import TensorInfo
 from gptq_cli.checkpoint.ranges import HubFiles, Stopped
-from gptq_cli.checkpoint.streaming import is_block, most_bytes_at_once, piece_of
 from gptq_cli.errors import InputError
 from tests.hub import Fault, Hub, Reply, client_of, serve
 
