@@ -11,9 +11,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from gptq_cli.checkpoint.defects import Defect
-from gptq_cli.checkpoint.layout import Packing, Sizes, quantized_names
-from gptq_cli.checkpoint.quantization_config import HEAD, Linears, Settings, StoredConfig
-from gptq_cli.checkpoint.source import Checkpoint
+from gptq_cli.checkpoint.headers import TensorInfo
+from gptq_cli.checkpoint.layout import (
+    HEAD,
+    Linears,
+    Packing,
+    Settings,
+    Sizes,
+    StoredConfig,
+    quantized_names,
+)
 from gptq_cli.config.layer import HOLDS, flaw_of, list_item, matches
 
 FORMAT = "auto-round"
@@ -53,9 +60,10 @@ def _written_format(*, sym: bool) -> str:
     return ASYMMETRIC
 
 
-def packing_of(checkpoint: Checkpoint) -> Packing:
+def packing_of(stored: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> Packing:
     """Return how the linears of a readable checkpoint are stored."""
-    return AutoRoundPacking(FORMAT, ZERO_OFFSETS[_packing_format(checkpoint.quantization or {})])
+    del tensors
+    return AutoRoundPacking(FORMAT, ZERO_OFFSETS[_packing_format(stored)])
 
 
 def _packing_format(stored: Mapping[str, Any]) -> str:
@@ -112,9 +120,10 @@ class AutoRoundConfig(StoredConfig):
         return None
 
 
-def stored_config(checkpoint: Checkpoint) -> tuple[StoredConfig | None, list[Defect]]:
+def stored_config(
+    stored: Mapping[str, Any], tensors: Mapping[str, TensorInfo]
+) -> tuple[StoredConfig | None, list[Defect]]:
     """Return the configuration of a readable checkpoint, None if it is unusable, and defects."""
-    stored = checkpoint.quantization or {}
     extra = stored.get("extra_config") or {}
     wrong = _wrong_values({"sym": True, **stored})
     if not isinstance(extra, dict) or not all(isinstance(item, dict) for item in extra.values()):
@@ -127,7 +136,7 @@ def stored_config(checkpoint: Checkpoint) -> tuple[StoredConfig | None, list[Def
         hint = "correct it in config.json, as it was set in the tool that wrote the weights"
         return None, [Defect("E_CKPT_CONFIG", text, "config.json", hint=hint) for text in wrong]
     base = Settings(stored["bits"], stored["group_size"], stored.get("sym", True), desc_act=False)
-    names = quantized_names(checkpoint.tensors)
+    names = quantized_names(tensors)
     return AutoRoundConfig(base, FORMAT, HEAD in names, {}, None, extra), []
 
 

@@ -15,8 +15,8 @@ from typing import Any
 
 from gptq_cli.checkpoint.defects import Defect, Effect, convert_command, tensor_defect
 from gptq_cli.checkpoint.headers import TensorInfo
-from gptq_cli.checkpoint.layout import Packing
-from gptq_cli.checkpoint.quantization_config import HEAD, LISTED, StoredConfig
+from gptq_cli.checkpoint.layout import HEAD, Packing, StoredConfig
+from gptq_cli.checkpoint.quantization_config import LISTED
 from gptq_cli.checkpoint.source import Checkpoint
 from gptq_cli.config.layer import kind_of, list_item
 from gptq_cli.errors import InputError

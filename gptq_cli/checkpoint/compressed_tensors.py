@@ -22,9 +22,17 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from gptq_cli.checkpoint.defects import Defect
 from gptq_cli.checkpoint.headers import TensorInfo
-from gptq_cli.checkpoint.layout import Arrays, Pack, Packing, Sizes, quantized_names
-from gptq_cli.checkpoint.quantization_config import HEAD, Linears, Settings, StoredConfig
-from gptq_cli.checkpoint.source import Checkpoint
+from gptq_cli.checkpoint.layout import (
+    HEAD,
+    Arrays,
+    Linears,
+    Pack,
+    Packing,
+    Settings,
+    Sizes,
+    StoredConfig,
+    quantized_names,
+)
 from gptq_cli.config.layer import HOLDS, expert_part, flaw_of, matches, runtime_names
 
 if TYPE_CHECKING:
@@ -126,9 +134,9 @@ def packing_for(*, sym: bool) -> Packing:
     return CompressedTensorsPacking()
 
 
-def packing_of(checkpoint: Checkpoint) -> Packing:
+def packing_of(stored: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> Packing:
     """Return how the linears of a readable checkpoint are stored."""
-    config, _ = stored_config(checkpoint)
+    config, _ = stored_config(stored, tensors)
     if config is None:
         return CompressedTensorsPacking(lambda _: Settings(4, -1, sym=True, desc_act=False))
     return CompressedTensorsPacking(config.settings)
@@ -281,9 +289,10 @@ def _names(target: str, module: str) -> bool:
     return target == module
 
 
-def stored_config(checkpoint: Checkpoint) -> tuple[StoredConfig | None, list[Defect]]:
+def stored_config(
+    stored: Mapping[str, Any], tensors: Mapping[str, TensorInfo]
+) -> tuple[StoredConfig | None, list[Defect]]:
     """Return the configuration of a readable checkpoint, None if it is unusable, and defects."""
-    stored = checkpoint.quantization or {}
     wrong = [*_wrong_groups(stored), *_wrong_patterns(stored)]
     if wrong:
         hint = "correct it in config.json, as it was set in the tool that wrote the weights"
@@ -292,7 +301,7 @@ def stored_config(checkpoint: Checkpoint) -> tuple[StoredConfig | None, list[Def
     for group in stored["config_groups"].values():
         for target in group["targets"]:
             targets.setdefault(target, _settings(group["weights"]))
-    names = quantized_names(checkpoint.tensors, CompressedTensorsPacking())
+    names = quantized_names(tensors, CompressedTensorsPacking())
     base = next(iter(targets.values()), Settings(4, -1, sym=True, desc_act=False))
     ignore = tuple(stored.get("ignore") or ())
     return GroupedConfig(base, FORMAT, HEAD in names, {}, None, targets, ignore), []

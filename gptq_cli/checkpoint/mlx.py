@@ -14,10 +14,18 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from gptq_cli.checkpoint.defects import Defect
 from gptq_cli.checkpoint.headers import TensorInfo
-from gptq_cli.checkpoint.layout import Arrays, Pack, Packing, Sizes, quantized_names
+from gptq_cli.checkpoint.layout import (
+    HEAD,
+    Arrays,
+    Linears,
+    Pack,
+    Packing,
+    Settings,
+    Sizes,
+    StoredConfig,
+    quantized_names,
+)
 from gptq_cli.checkpoint.mlx_experts import stack_of, stored_name
-from gptq_cli.checkpoint.quantization_config import HEAD, Linears, Settings, StoredConfig
-from gptq_cli.checkpoint.source import Checkpoint
 from gptq_cli.config.layer import HOLDS
 
 if TYPE_CHECKING:
@@ -137,9 +145,9 @@ def packing_for(*, sym: bool) -> Packing:
     return MlxPacking()
 
 
-def packing_of(checkpoint: Checkpoint) -> Packing:
+def packing_of(stored: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> Packing:
     """Return how the linears of a readable checkpoint are stored."""
-    return MlxPacking(_config(checkpoint).settings)
+    return MlxPacking(_config(stored, tensors).settings)
 
 
 def unreadable(stored: Mapping[str, Any]) -> str:
@@ -184,8 +192,7 @@ class MlxConfig(StoredConfig):
         return None
 
 
-def _config(checkpoint: Checkpoint) -> MlxConfig:
-    stored, tensors = checkpoint.quantization or {}, checkpoint.tensors
+def _config(stored: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> MlxConfig:
     layers = {name: values for name, values in stored.items() if isinstance(values, dict | bool)}
     names = quantized_names(tensors, MlxPacking())
     symmetric = set()
@@ -197,9 +204,10 @@ def _config(checkpoint: Checkpoint) -> MlxConfig:
     return MlxConfig(base, FORMAT, HEAD in names, {}, None, layers, frozenset(symmetric))
 
 
-def stored_config(checkpoint: Checkpoint) -> tuple[StoredConfig | None, list[Defect]]:
+def stored_config(
+    stored: Mapping[str, Any], tensors: Mapping[str, TensorInfo]
+) -> tuple[StoredConfig | None, list[Defect]]:
     """Return the configuration of a readable checkpoint, None if it is unusable, and defects."""
-    stored = checkpoint.quantization or {}
     wrong = []
     for name, values in [("", stored), *stored.items()]:
         if isinstance(values, dict):
@@ -207,7 +215,7 @@ def stored_config(checkpoint: Checkpoint) -> tuple[StoredConfig | None, list[Def
     if wrong:
         hint = "correct it in config.json, as it was set in the tool that wrote the weights"
         return None, [Defect("E_CKPT_CONFIG", text, "config.json", hint=hint) for text in wrong]
-    return _config(checkpoint), []
+    return _config(stored, tensors), []
 
 
 def _wrong_values(name: str, values: Mapping[str, Any]) -> list[str]:

@@ -7,15 +7,23 @@ Sources: transformers `GPTQConfig`, GPTQModel `QuantizeConfig`, vLLM `AutoGPTQCo
 from __future__ import annotations
 
 import re
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 from gptq_cli.checkpoint.defects import Defect, Effect, convert_command
 from gptq_cli.checkpoint.headers import TensorInfo
-from gptq_cli.checkpoint.layout import GPTQ, GPTQ_V2, Packing, stored_parts
+from gptq_cli.checkpoint.layout import (
+    GPTQ,
+    GPTQ_V2,
+    HEAD,
+    Linears,
+    Packing,
+    Settings,
+    StoredConfig,
+    stored_parts,
+)
 from gptq_cli.checkpoint.model_files import read_json
 from gptq_cli.checkpoint.source import Checkpoint, is_of_mlx
 from gptq_cli.config.layer import (
@@ -39,7 +47,6 @@ from gptq_cli.errors import ConfigError, InputError, cut, one_of
 from gptq_cli.files import UNREADABLE, file_errors, is_file
 from gptq_cli.storage.manifest import CONFIG_FILE, MANIFEST, QUANTIZE_CONFIG
 
-HEAD = "lm_head"
 DRAFT = "mtp"  # the name of blocks that predict more than one token
 LISTED = "modules_in_block_to_quantize"
 BOTH_FILES = f"config.json and {QUANTIZE_CONFIG}"
@@ -72,54 +79,6 @@ UNPORTABLE = {
     "model_name_or_path",
     "model_file_base_name",
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """How one module is stored; `group_size` -1 is one group a row."""
-
-    bits: int
-    group_size: int
-    sym: bool
-    desc_act: bool
-
-    @classmethod
-    def of(cls, layer: LayerConfig) -> Settings:
-        """Return how a layer with this configuration is stored."""
-        return cls(layer.bits, layer.group_size, layer.sym, not layer.has_trivial_g_idx)
-
-
-@dataclass(frozen=True, slots=True)
-class Linears:
-    """The linears of a checkpoint by name: settings and inputs of quantized ones, and kept ones."""
-
-    quantized: Mapping[str, Settings]
-    in_features: Mapping[str, int]
-    kept: Sequence[str]
-
-    @property
-    def sym(self) -> bool:
-        """Whether all quantized linears are symmetric."""
-        return all(settings.sym for settings in self.quantized.values())
-
-    def kept_in_blocks(self) -> list[str]:
-        """Return the kept linears that are beside quantized ones in a list of blocks."""
-        blocks = {item.list_name for item in map(list_item, self.quantized) if item}
-        kept = []
-        for name in self.kept:
-            item = list_item(name)
-            if item and item.list_name in blocks:
-                kept.append(name)
-        return kept
-
-    def usual(self) -> tuple[Settings, dict[str, Settings]]:
-        """Return the settings of most linears, and those of the others, sorted by name."""
-        base = Counter(self.quantized.values()).most_common(1)[0][0]
-        others = {}
-        for name, settings in sorted(self.quantized.items()):
-            if settings != base:
-                others[name] = settings
-        return base, others
 
 
 # ---------------------------------------------------------------- write
@@ -423,42 +382,6 @@ def _is_damp_percent(value: object) -> bool:
 # ---------------------------------------------------------------- read
 
 
-@dataclass(frozen=True, slots=True)
-class StoredConfig:
-    """A `quantization_config` whose values have the right types.
-
-    `listed` is `modules_in_block_to_quantize` as one list, None if there is none.
-    """
-
-    base: Settings
-    format: str
-    lm_head: bool
-    dynamic: Mapping[str, Mapping[str, Any]]
-    listed: tuple[str, ...] | None
-
-    def settings(self, module: str) -> Settings:
-        """Return the settings of a quantized module: the base with the changes of its rule."""
-        rule = first_match([rule for rule in self.dynamic if not keeps(rule)], module)
-        if not rule:
-            return self.base
-        changes = {}
-        for name, value in self.dynamic[rule].items():
-            if name in Settings.__slots__:
-                changes[name] = value
-        return replace(self.base, **changes)
-
-    def skip_rule(self, module: str) -> str | None:
-        """Return the `-:` rule that excludes `module` from quantization."""
-        return first_match([rule for rule in self.dynamic if keeps(rule)], module)
-
-    def is_listed(self, module: str) -> bool:
-        """Return whether `modules_in_block_to_quantize`, if there is one, names the module.
-
-        A name in it is a suffix, as in Optimum.
-        """
-        return self.listed is None or module.endswith(self.listed)
-
-
 def stored_config(checkpoint: Checkpoint) -> tuple[StoredConfig | None, list[Defect]]:
     """Return the configuration of a quantized checkpoint, None if it is unusable, and its defects.
 
@@ -467,7 +390,7 @@ def stored_config(checkpoint: Checkpoint) -> tuple[StoredConfig | None, list[Def
     format = format_of(checkpoint)
     dialect = dialect_of(format)
     if dialect is not None:
-        return dialect.stored_config(checkpoint)
+        return dialect.stored_config(checkpoint.quantization or {}, checkpoint.tensors)
     stored = checkpoint.quantization
     if stored is None:
         message = f"neither config.json nor {QUANTIZE_CONFIG} describes how the linears are packed"
@@ -488,7 +411,10 @@ def stored_config(checkpoint: Checkpoint) -> tuple[StoredConfig | None, list[Def
 
 
 class Dialect(Protocol):
-    """The module of a format other than those of GPTQ."""
+    """The module of a format other than those of GPTQ.
+
+    `stored` is a `quantization_config`, `tensors` are those of the checkpoint.
+    """
 
     def unreadable(self, stored: Mapping[str, Any]) -> str:
         """Return what cannot be read of a quantization so described, "" if all can."""
@@ -496,10 +422,12 @@ class Dialect(Protocol):
     def packing_for(self, *, sym: bool) -> Packing:
         """Return how linears are written; `sym` tells whether all of them are symmetric."""
 
-    def packing_of(self, checkpoint: Checkpoint) -> Packing:
-        """Return how the linears of a readable checkpoint are stored."""
+    def packing_of(self, stored: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> Packing:
+        """Return how the linears of a readable checkpoint so described are stored."""
 
-    def stored_config(self, checkpoint: Checkpoint) -> tuple[StoredConfig | None, list[Defect]]:
+    def stored_config(
+        self, stored: Mapping[str, Any], tensors: Mapping[str, TensorInfo]
+    ) -> tuple[StoredConfig | None, list[Defect]]:
         """Return the configuration of a readable checkpoint, None if unusable, and its defects."""
 
     def describe(self, linears: Linears) -> dict[str, Any]:
@@ -542,7 +470,7 @@ def packing_of(checkpoint: Checkpoint) -> Packing:
     dialect = dialect_of(format)
     if dialect is None:
         return packing_for(format, sym=True)
-    return dialect.packing_of(checkpoint)
+    return dialect.packing_of(checkpoint.quantization or {}, checkpoint.tensors)
 
 
 def format_of(checkpoint: Checkpoint) -> str:

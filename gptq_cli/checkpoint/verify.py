@@ -17,12 +17,10 @@ from typing import Any
 from gptq_cli.checkpoint.claims import check_rules
 from gptq_cli.checkpoint.defects import Defect, convert_command, tensor_defect
 from gptq_cli.checkpoint.headers import TensorInfo, count_not_finite, is_zero
-from gptq_cli.checkpoint.layout import GPTQ, SINGLE_FILE, quantized_names
+from gptq_cli.checkpoint.layout import GPTQ, SINGLE_FILE, Settings, StoredConfig, quantized_names
 from gptq_cli.checkpoint.model_files import ADAPTER_CONFIG, index_file, is_safe_file, read_json
 from gptq_cli.checkpoint.quantization_config import (
     READABLE,
-    Settings,
-    StoredConfig,
     declared_format,
     format_of,
     other_packing,

@@ -14,6 +14,7 @@ import torch
 from gptq_cli.checkpoint.defects import Defect
 from gptq_cli.checkpoint.headers import TensorInfo
 from gptq_cli.checkpoint.layout import (
+    Linears,
     PackedModule,
     Packing,
     Sizes,
@@ -22,7 +23,6 @@ from gptq_cli.checkpoint.layout import (
     part_names,
 )
 from gptq_cli.checkpoint.quantization_config import (
-    Linears,
     describe_linears,
     dialect_of,
     format_of,

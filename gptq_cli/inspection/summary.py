@@ -19,12 +19,12 @@ from gptq_cli.checkpoint.layout import (
     GPTQ,
     PackedModule,
     Packing,
+    Settings,
+    StoredConfig,
     packed_modules,
     part_names,
 )
 from gptq_cli.checkpoint.quantization_config import (
-    Settings,
-    StoredConfig,
     declared_format,
     dialect_of,
     misnamed,

@@ -14,10 +14,18 @@ from dataclasses import dataclass
 
 from gptq_cli.checkpoint.decoded import Plain
 from gptq_cli.checkpoint.headers import TensorInfo
-from gptq_cli.checkpoint.layout import GPTQ, Layout, Packing, Sizes, TensorSpec, packed_specs
+from gptq_cli.checkpoint.layout import (
+    GPTQ,
+    Layout,
+    Linears,
+    Packing,
+    Settings,
+    Sizes,
+    TensorSpec,
+    packed_specs,
+)
 from gptq_cli.checkpoint.locate import model_name
 from gptq_cli.checkpoint.model_files import Remark
-from gptq_cli.checkpoint.quantization_config import Linears, Settings
 from gptq_cli.checkpoint.source import Checkpoint
 from gptq_cli.config.layer import (
     GPTQ_FORMATS,
