@@ -21,11 +21,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Literal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from gptq_cli.checkpoint.headers import DTYPES_OF_CONFIG, TensorInfo
-from gptq_cli.checkpoint.layout import AGAIN, packed_module, stored_parts
-from gptq_cli.checkpoint.source import CODED_METHODS, FEW_BITS, FP8, Checkpoint
+from gptq_cli.checkpoint.headers import DTYPES_OF_CONFIG, FEW_BITS, TensorInfo
+from gptq_cli.checkpoint.layout import AGAIN, CODED_METHODS, FP8, packed_module, stored_parts
 from gptq_cli.errors import InputError
 
 if TYPE_CHECKING:
@@ -77,7 +77,31 @@ class Coded:
         return self.kind in INTEGERS
 
 
-def coded_weights(checkpoint: Checkpoint) -> dict[str, Coded]:
+class Stored(Protocol):
+    """What a checkpoint tells about its weights, which `Checkpoint` describes."""
+
+    @property
+    def directory(self) -> Path:
+        """The directory, for messages."""
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """The stored tensors by name, in file order."""
+
+    @property
+    def quantization(self) -> dict[str, Any] | None:
+        """The `quantization_config`, None if there is none."""
+
+    @property
+    def method(self) -> str | None:
+        """How weights are quantized, None if they are plain numbers."""
+
+    @property
+    def named_dtype(self) -> str | None:
+        """The dtype that config.json names, None if it names none."""
+
+
+def coded_weights(checkpoint: Stored) -> dict[str, Coded]:
     """Return the weights in codes by their plain names, in file order.
 
     InputError E_CKPT_FP8 for floats of few bits in another form, and for weights that another part
@@ -107,7 +131,7 @@ def _part_names(weights: Iterable[Coded]) -> set[str]:
     return names
 
 
-def _refuse_changed(checkpoint: Checkpoint, weights: Iterable[Coded]) -> None:
+def _refuse_changed(checkpoint: Stored, weights: Iterable[Coded]) -> None:
     """Raise InputError E_CKPT_FP8 if another part or a transform changes one of the weights."""
     stored = checkpoint.quantization or {}
     for key in ("transform_config", "sparsity_config"):
@@ -123,13 +147,13 @@ def _refuse_changed(checkpoint: Checkpoint, weights: Iterable[Coded]) -> None:
                 raise InputError("E_CKPT_FP8", message, hint=OTHER_FORM)
 
 
-def _unreadable(checkpoint: Checkpoint, weight: TensorInfo) -> InputError:
+def _unreadable(checkpoint: Stored, weight: TensorInfo) -> InputError:
     message = f"`{checkpoint.directory}` holds {weight.dtype} weights, first `{weight.name}`"
     return InputError("E_CKPT_FP8", f"{message}, in a form that is not read here", hint=OTHER_FORM)
 
 
 def plain_tensors(
-    checkpoint: Checkpoint, weights: Mapping[str, Coded]
+    checkpoint: Stored, weights: Mapping[str, Coded]
 ) -> tuple[dict[str, TensorInfo], list[str]]:
     """Return the tensors of the plain model in file order, and names of those that are left out.
 
@@ -158,7 +182,7 @@ def plain_tensors(
 class _Finder:
     """Finds the weight whose codes a tensor holds."""
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
+    def __init__(self, checkpoint: Stored) -> None:
         self._checkpoint, self._tensors = checkpoint, checkpoint.tensors
         self._dtype = DTYPES_OF_CONFIG.get(checkpoint.named_dtype or "", "BF16")
         self._block = _declared_block(checkpoint.quantization or {})

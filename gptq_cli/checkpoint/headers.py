@@ -74,6 +74,7 @@ DTYPES = {
     "C64": StoredDtype(64),
 }
 DTYPES_OF_CONFIG = {"bfloat16": "BF16", "float16": "F16", "float32": "F32"}  # in config.json
+FEW_BITS = ("F8_", "F4")  # how the names of dtypes of 8 bits or fewer begin
 
 
 @dataclass(frozen=True, slots=True)

@@ -31,6 +31,11 @@ if TYPE_CHECKING:
 
 SINGLE_FILE = "model.safetensors"
 HEAD = "lm_head"
+FP8 = "fp8"
+# Methods of quantization whose weights `coded.py` finds.
+CODED_METHODS = (
+    FP8, "fbgemm_fp8", "compressed-tensors", "modelopt", "mxfp4", "mxfp8", "awq",
+)  # fmt: skip
 AGAIN = "download the checkpoint again"
 
 

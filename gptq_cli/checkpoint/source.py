@@ -10,8 +10,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
-from gptq_cli.checkpoint.headers import DTYPES_OF_CONFIG, TensorInfo, read_header, read_headers
-from gptq_cli.checkpoint.layout import SINGLE_FILE
+from gptq_cli.checkpoint.headers import (
+    DTYPES_OF_CONFIG,
+    FEW_BITS,
+    TensorInfo,
+    read_header,
+    read_headers,
+)
+from gptq_cli.checkpoint.layout import CODED_METHODS, FP8, SINGLE_FILE
 from gptq_cli.checkpoint.model_files import (
     ADAPTER_CONFIG,
     MODELOPT_CONFIG,
@@ -37,12 +43,6 @@ if TYPE_CHECKING:
     from gptq_cli.checkpoint.download import Download
 
 CODES_OF_BITSANDBYTES = ("U8", "I8")
-FP8 = "fp8"
-# Methods of quantization whose weights `coded` tells.
-CODED_METHODS = (
-    FP8, "fbgemm_fp8", "compressed-tensors", "modelopt", "mxfp4", "mxfp8", "awq",
-)  # fmt: skip
-FEW_BITS = ("F8_", "F4")  # how the names of dtypes of 8 bits or fewer begin
 
 
 @dataclass(frozen=True, slots=True)
