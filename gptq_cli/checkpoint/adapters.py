@@ -12,26 +12,20 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import isfinite, sqrt
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gptq_cli.checkpoint.decoded import Plain, plain_view
-from gptq_cli.checkpoint.headers import TensorInfo, read_header
-from gptq_cli.checkpoint.model_files import ADAPTER_CONFIG, read_json
-from gptq_cli.checkpoint.source import Checkpoint
+from gptq_cli.checkpoint.headers import PlainReader, TensorInfo, read_header
+from gptq_cli.checkpoint.model_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_json
+from gptq_cli.checkpoint.source import Adapter, Checkpoint
 from gptq_cli.config.layer import SECONDS, matches_in_time
 from gptq_cli.errors import InputError, shown
-from gptq_cli.files import Stamp, expanded, is_directory, is_file, stamp_of, status_of
-from gptq_cli.storage.manifest import file_hash
+from gptq_cli.files import expanded, is_directory, is_file, stamp_of, status_of
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from gptq_cli.checkpoint.reader import PlainReader
-
-WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 LINEAR, EMBEDDING = ("lora_A", "lora_B"), ("lora_embedding_A", "lora_embedding_B")
 MAGNITUDE = "lora_magnitude_vector"
@@ -69,42 +63,14 @@ class Change:
     transposed: bool
 
 
-@dataclass(frozen=True, slots=True)
-class Adapter:
-    """The adapter in a directory, of which `scale` times the product is added to the model."""
+def open_adapters(names: Iterable[str]) -> tuple[Adapter, ...]:
+    """Return the adapters `DIR` or `DIR:SCALE`.
 
-    directory: Path
-    scale: float
-    config: dict[str, Any]
-    tensors: dict[str, TensorInfo]
-    stamps: Mapping[Path, Stamp]
-
-    def identity(self) -> dict[str, Any]:
-        """Return the scale and the hash of each file, whatever the path."""
-        files = {path.name: file_hash(path) for path in sorted(self.stamps)}
-        return {"scale": self.scale, "files": files}
-
-    def provenance(self) -> dict[str, Any]:
-        """Return the name, the scale and the hash of the weights, for the configuration files."""
-        sha256 = file_hash(self.directory / WEIGHTS)
-        return {"adapter": self.directory.name, "scale": self.scale, "sha256": sha256}
-
-
-def with_adapters(source: Checkpoint, names: Iterable[str]) -> Checkpoint:
-    """Return `source` as the model into which the adapters `DIR` or `DIR:SCALE` are merged.
-
-    Raises InputError E_LORA for an adapter that is none, or that does not fit the model, and the
-    errors of `plain_view` for weights that cannot be decoded.
+    Raises InputError E_LORA for an adapter that is none, and for one that is given twice.
     """
     adapters = tuple(open_adapter(name) for name in names)
     _check_distinct(adapters)
-    remarks = source.remarks
-    if any(adapter.directory.resolve() == source.directory.resolve() for adapter in adapters):
-        remarks = tuple(remark for remark in remarks if remark[0] != "W_CKPT_ADAPTER")
-    merged = replace(source, adapters=adapters, remarks=remarks)
-    stored = plain_view(source, allow_requantize=True)
-    changes_of(merged, stored.tensors)  # raises if an adapter does not fit
-    return merged
+    return adapters
 
 
 def _check_distinct(adapters: Iterable[Adapter]) -> None:
@@ -123,16 +89,16 @@ def open_adapter(name: str) -> Adapter:
     path, scale = _split(name)
     directory = expanded(path)
     if not is_directory(directory):
-        hint = f"give a directory that holds {ADAPTER_CONFIG} and {WEIGHTS}"
+        hint = f"give a directory that holds {ADAPTER_CONFIG} and {ADAPTER_WEIGHTS}"
         raise InputError("E_LORA", f"adapter `{path}` is not a directory", hint=hint)
-    config_file, weights = directory / ADAPTER_CONFIG, directory / WEIGHTS
+    config_file, weights = directory / ADAPTER_CONFIG, directory / ADAPTER_WEIGHTS
     for file in (config_file, weights):
         if not is_file(file):
             hint = "save the adapter with peft's save_pretrained, which writes both files"
             raise InputError("E_LORA", f"adapter `{path}` has no {file.name}", hint=hint)
     config = read_json(config_file)
     if not isinstance(config, dict):
-        raise _unread(path, f"its {ADAPTER_CONFIG} holds no object")
+        raise unmergeable(path, f"its {ADAPTER_CONFIG} holds no object")
     _check_config(path, config)
     stamps = {}
     for file in (config_file, weights):
@@ -141,7 +107,7 @@ def open_adapter(name: str) -> Adapter:
             stamps[file] = stamp
     tensors = read_header(weights)
     if not tensors:
-        raise _unread(path, f"its {WEIGHTS} holds no tensor")
+        raise unmergeable(path, f"its {ADAPTER_WEIGHTS} holds no tensor")
     return Adapter(directory, scale, config, tensors, stamps)
 
 
@@ -155,13 +121,13 @@ def _split(name: str) -> tuple[str, float]:
 def _check_config(path: str, config: Mapping[str, Any]) -> None:
     kind = config.get("peft_type")
     if kind != "LORA":
-        raise _unread(path, f"its peft_type is {kind!r}, not 'LORA'")
+        raise unmergeable(path, f"its peft_type is {kind!r}, not 'LORA'")
     for key in UNREAD:
         if config.get(key):
-            raise _unread(path, f"it uses {key}")
+            raise unmergeable(path, f"it uses {key}")
     for key in FLAGS:
         if config.get(key) not in (None, False, True):
-            raise _unread(path, f"its {key} is {shown(config[key])}, not true or false")
+            raise unmergeable(path, f"its {key} is {shown(config[key])}, not true or false")
     _check_numbers(path, "r", config.get("rank_pattern"), config.get("r"))
     _check_numbers(path, "lora_alpha", config.get("alpha_pattern"), config.get("lora_alpha"))
     _check_ranks(path, [config["r"], *(config.get("rank_pattern") or {}).values()])
@@ -170,28 +136,28 @@ def _check_config(path: str, config: Mapping[str, Any]) -> None:
 def _check_ranks(path: str, ranks: Iterable[float]) -> None:
     for rank in ranks:
         if rank <= 0:
-            raise _unread(path, f"it has the rank {shown(rank)}")
+            raise unmergeable(path, f"it has the rank {shown(rank)}")
 
 
 def _check_numbers(path: str, key: str, patterns: Any, common: Any) -> None:
     """Raise InputError E_LORA if a setting, of all modules or of a pattern, is not usable."""
     if patterns is not None and not isinstance(patterns, dict):
-        raise _unread(path, f"its patterns for {key} are {shown(patterns)}, not an object")
+        raise unmergeable(path, f"its patterns for {key} are {shown(patterns)}, not an object")
     for pattern, value in (patterns or {}).items():
         _check_number(path, f"{key} for the pattern {shown(pattern)}", value)
         try:
             re.compile(_for_names(pattern))
         except (re.error, OverflowError, RecursionError) as error:
             reason = f"its pattern {shown(pattern)} is not a regular expression: {error}"
-            raise _unread(path, reason) from None
+            raise unmergeable(path, reason) from None
     _check_number(path, key, common)
 
 
 def _check_number(path: str, key: str, value: Any) -> None:
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise _unread(path, f"its {key} is {shown(value)}, not a number")
+        raise unmergeable(path, f"its {key} is {shown(value)}, not a number")
     if not abs(value) <= sys.float_info.max:  # so that an integer of 400 digits is refused too
-        raise _unread(path, f"its {key} is {shown(value)}, not a finite number")
+        raise unmergeable(path, f"its {key} is {shown(value)}, not a finite number")
 
 
 def _for_names(pattern: str) -> str:
@@ -199,7 +165,8 @@ def _for_names(pattern: str) -> str:
     return rf"(.*\.)?({pattern})$"
 
 
-def _unread(path: str, reason: str) -> InputError:
+def unmergeable(path: str, reason: str) -> InputError:
+    """Return the error E_LORA for an adapter that cannot be merged here."""
     message = f"adapter `{path}` cannot be merged: {reason}"
     hint = "merge it with peft's merge_and_unload, and quantize the merged model"
     return InputError("E_LORA", message, hint=hint)
@@ -245,7 +212,7 @@ def _parts(adapter: Adapter) -> dict[str, dict[str, str]]:
         of_name = parts.setdefault(name, {})
         if part in of_name:
             reason = f"`{of_name[part]}` and `{stored}` are the same part of `{name}`"
-            raise _unread(str(adapter.directory), reason)
+            raise unmergeable(str(adapter.directory), reason)
         of_name[part] = stored
     return parts
 
@@ -272,7 +239,7 @@ def _of_module(adapter: Adapter, name: str, patterns: str, key: str) -> float:
             is_match = matches_in_time(_for_names(pattern), name.removesuffix(".weight"))
         except TimeoutError:
             reason = f"its pattern {shown(pattern)} takes more than {SECONDS:g} s to match `{name}`"
-            raise _unread(str(adapter.directory), reason) from None
+            raise unmergeable(str(adapter.directory), reason) from None
         if is_match:
             found = value
             break
@@ -306,7 +273,7 @@ def _check_tied(source: Checkpoint, path: str, name: str, change: Change) -> Non
     """Raise InputError E_LORA if one of two tied tensors would be replaced."""
     is_tied = source.text_config.get("tie_word_embeddings", False)
     if is_tied and set(change.parts) == {"whole"} and "embed" in name:
-        raise _unread(path, f"it replaces `{name}`, but the output head is tied to it")
+        raise unmergeable(path, f"it replaces `{name}`, but the output head is tied to it")
 
 
 def _check_parts(path: str, name: str, change: Change, weight: TensorInfo) -> None:
@@ -316,11 +283,11 @@ def _check_parts(path: str, name: str, change: Change, weight: TensorInfo) -> No
     if factors and (factors != set(wanted) - {"whole"} or len(weight.shape) != 2):
         has = f"`{name}` of shape {list(weight.shape)} has the parts {', '.join(sorted(factors))}"
         use_dora = shown(bool(change.adapter.config.get("use_dora")))
-        raise _unread(path, f"{has}, and use_dora is {use_dora}")
+        raise unmergeable(path, f"{has}, and use_dora is {use_dora}")
     for part, stored in change.parts.items():
         info = change.adapter.tensors[stored]
         if info.dtype not in FLOATS:
-            raise _unread(path, f"`{stored}` has the dtype {info.dtype}, not a float type")
+            raise unmergeable(path, f"`{stored}` has the dtype {info.dtype}, not a float type")
         if info.shape != wanted[part]:
             message = f"adapter `{path}` has `{stored}` of shape {list(info.shape)}"
             must = f"it must be {list(wanted[part])} for `{name}` of shape {list(weight.shape)}"
@@ -348,27 +315,11 @@ def _wanted_shapes(change: Change, weight: TensorInfo) -> dict[str, tuple[float,
     return wanted
 
 
-def merged_view(source: Checkpoint, plain: Plain) -> Plain:
-    """Return `plain` with the changed tensors as decoded ones, which are read and not copied.
-
-    Raises InputError E_LORA for a source in packed codes.
-    """
-    if plain.packed:
-        path = str(source.adapters[0].directory)
-        raise _unread(path, f"the weights of `{source.directory}` are {plain.how}")
-    parts = dict(plain.parts)
-    for name in changes_of(source, plain.tensors):
-        parts.setdefault(name, (name,))
-    return replace(plain, parts=parts)
-
-
 class MergingReader:
     """Reads a model with its adapters merged, in the dtypes of the model."""
 
-    def __init__(self, reader: PlainReader, source: Checkpoint) -> None:
-        self._reader = reader
-        plain = plain_view(replace(source, adapters=()), allow_requantize=True)
-        self._changes = changes_of(source, plain.tensors)
+    def __init__(self, reader: PlainReader, changes: Mapping[str, tuple[Change, ...]]) -> None:
+        self._reader, self._changes = reader, changes
 
     def names(self) -> list[str]:
         return self._reader.names()

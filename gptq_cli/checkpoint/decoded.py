@@ -58,15 +58,45 @@ def plain_view(checkpoint: Checkpoint, *, allow_requantize: bool = False) -> Pla
     """Return the plain tensors that `checkpoint` stands for; a plain one stands for itself.
 
     Weights in floats of few bits are those of the model itself. InputError E_CKPT_QUANTIZED
-    for weights in another form, and for integers unless `allow_requantize`. Raises the errors of
-    `Checkpoint.coded`, `packed_modules` and `merged_view`, too.
+    for weights in another form, and for integers unless `allow_requantize`; E_LORA for adapters of
+    weights in packed codes. Raises the errors of `Checkpoint.coded`, `packed_modules` and
+    `changes_of`, too.
     """
     plain = _plain_view(checkpoint, allow_requantize=allow_requantize)
     if not checkpoint.adapters:
         return plain
-    from gptq_cli.checkpoint.adapters import merged_view
+    return _merged_view(checkpoint, plain)
 
-    return merged_view(checkpoint, plain)
+
+def _merged_view(checkpoint: Checkpoint, plain: Plain) -> Plain:
+    """Return `plain` with the changed tensors as decoded ones, which are read and not copied."""
+    from gptq_cli.checkpoint.adapters import changes_of, unmergeable
+
+    if plain.packed:
+        path = str(checkpoint.adapters[0].directory)
+        raise unmergeable(path, f"the weights of `{checkpoint.directory}` are {plain.how}")
+    parts = dict(plain.parts)
+    for name in changes_of(checkpoint, plain.tensors):
+        parts.setdefault(name, (name,))
+    return replace(plain, parts=parts)
+
+
+def with_adapters(source: Checkpoint, names: Iterable[str]) -> Checkpoint:
+    """Return `source` as the model into which the adapters `DIR` or `DIR:SCALE` are merged.
+
+    Raises InputError E_LORA for an adapter that is none, or that does not fit the model, and the
+    errors of `plain_view` for weights that cannot be decoded.
+    """
+    from gptq_cli.checkpoint.adapters import changes_of, open_adapters
+
+    adapters = open_adapters(names)
+    remarks = source.remarks
+    if any(adapter.directory.resolve() == source.directory.resolve() for adapter in adapters):
+        remarks = tuple(remark for remark in remarks if remark[0] != "W_CKPT_ADAPTER")
+    merged = replace(source, adapters=adapters, remarks=remarks)
+    stored = plain_view(source, allow_requantize=True)
+    changes_of(merged, stored.tensors)  # raises if an adapter does not fit
+    return merged
 
 
 def _plain_view(checkpoint: Checkpoint, *, allow_requantize: bool) -> Plain:

@@ -19,7 +19,7 @@ from pathlib import Path, PurePosixPath
 from threading import Lock
 from typing import TYPE_CHECKING, NamedTuple
 
-from gptq_cli.checkpoint.headers import TensorInfo, read_headers, scan_weights
+from gptq_cli.checkpoint.headers import PlainReader, TensorInfo, read_headers, scan_weights
 from gptq_cli.checkpoint.layout import TensorSpec, plan_layout
 from gptq_cli.checkpoint.ranges import HubFiles, RemoteHeader
 from gptq_cli.errors import GptqError, InputError
@@ -28,8 +28,6 @@ from gptq_cli.storage.durable import OpenFile, make_directory, remove
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from gptq_cli.checkpoint.reader import PlainReader
 
 PART_BYTES = 64 * 2**20  # of one request
 CONNECTIONS = 8

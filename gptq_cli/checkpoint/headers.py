@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from threading import Event
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from gptq_cli.errors import InputError, Problem
 from gptq_cli.files import ByteCount, file_errors
@@ -27,6 +27,7 @@ from gptq_cli.storage.manifest import CHUNK_BYTES, TICK, in_threads
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+    from torch import Tensor
 
     Array = NDArray[Any]
 
@@ -97,6 +98,25 @@ class TensorInfo:
     def nbytes(self) -> int:
         """Bytes that dtype and shape take."""
         return DTYPES[self.dtype].bits * math.prod(self.shape) // 8
+
+
+class PlainReader(Protocol):
+    """What every reader of a model's plain tensors does, one at a time."""
+
+    def names(self) -> list[str]:
+        """Return the names of all tensors."""
+
+    def read(self, name: str) -> Tensor:
+        """Return one tensor."""
+
+    def prefetch(self, names: Iterable[str]) -> None:
+        """Prepare to read these tensors."""
+
+    def check_unchanged(self) -> None:
+        """Raise InputError E_SOURCE_CHANGED if a file changed since the checkpoint was opened."""
+
+    def release(self) -> None:
+        """Close the files, and free what was read."""
 
 
 def read_header(file: Path) -> dict[str, TensorInfo]:

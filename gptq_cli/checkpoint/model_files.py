@@ -22,7 +22,7 @@ from gptq_cli.storage.manifest import INDEX_NAME, MAX_CONFIG_BYTES, MAX_JSON_BYT
 Remark = tuple[str, str]  # code and text of a warning
 
 CONFIG_NAMES = ("config.json", QUANTIZE_CONFIG)
-ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 MODELOPT_CONFIG = "hf_quant_config.json"  # of NVIDIA's quantizer, beside or in place of config.json
 SETTINGS_NAMES = (*CONFIG_NAMES, MODELOPT_CONFIG)
 INDEX_OF_AUTOGPTQ = "gptq_model-*.safetensors.index.json"

@@ -20,6 +20,7 @@ from gptq_cli.checkpoint.headers import (
 from gptq_cli.checkpoint.layout import CODED_METHODS, FP8, SINGLE_FILE
 from gptq_cli.checkpoint.model_files import (
     ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
     MODELOPT_CONFIG,
     Remark,
     index_file,
@@ -35,14 +36,34 @@ from gptq_cli.checkpoint.model_files import (
 )
 from gptq_cli.errors import InputError, cut
 from gptq_cli.files import Stamp, check_stamps, files_below, is_file, stamp_of, status_of
-from gptq_cli.storage.manifest import INDEX_NAME, QUANTIZE_CONFIG
+from gptq_cli.storage.manifest import INDEX_NAME, QUANTIZE_CONFIG, file_hash
 
 if TYPE_CHECKING:
-    from gptq_cli.checkpoint.adapters import Adapter
     from gptq_cli.checkpoint.coded import Coded
     from gptq_cli.checkpoint.download import Download
 
 CODES_OF_BITSANDBYTES = ("U8", "I8")
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """The adapter in a directory, of which `scale` times the product is added to the model."""
+
+    directory: Path
+    scale: float
+    config: dict[str, Any]
+    tensors: dict[str, TensorInfo]
+    stamps: Mapping[Path, Stamp]
+
+    def identity(self) -> dict[str, Any]:
+        """Return the scale and the hash of each file, whatever the path."""
+        files = {path.name: file_hash(path) for path in sorted(self.stamps)}
+        return {"scale": self.scale, "files": files}
+
+    def provenance(self) -> dict[str, Any]:
+        """Return the name, the scale and the hash of the weights, for the configuration files."""
+        sha256 = file_hash(self.directory / ADAPTER_WEIGHTS)
+        return {"adapter": self.directory.name, "scale": self.scale, "sha256": sha256}
 
 
 @dataclass(frozen=True, slots=True)

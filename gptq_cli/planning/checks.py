@@ -13,6 +13,7 @@ from pathlib import Path
 
 from gptq_cli.calibration.corpus import DatasetSource, check_source
 from gptq_cli.calibration.loading import check_cached, check_reach, is_out_of_reach
+from gptq_cli.checkpoint.decoded import with_adapters
 from gptq_cli.checkpoint.headers import WeightScan
 from gptq_cli.checkpoint.locate import (
     ModelSource,
@@ -200,8 +201,6 @@ def with_lora(source: Checkpoint, config: QuantizeConfig) -> Checkpoint:
         )
     if chosen is None or chosen == [NO_LORA]:
         return source
-    from gptq_cli.checkpoint.adapters import with_adapters
-
     return with_adapters(source, chosen)
 
 

@@ -27,11 +27,11 @@ from gptq_cli.calibration.windows import (
     shortages,
     windows_of,
 )
-from gptq_cli.checkpoint.headers import TensorInfo
+from gptq_cli.checkpoint.headers import PlainReader, TensorInfo
 from gptq_cli.checkpoint.layout import Packing
 from gptq_cli.checkpoint.locate import ModelSource, model_directory
 from gptq_cli.checkpoint.quantization_config import describe, dialect_of
-from gptq_cli.checkpoint.reader import PlainReader, encode_alike, open_reader
+from gptq_cli.checkpoint.reader import encode_alike, open_reader
 from gptq_cli.checkpoint.source import Checkpoint
 from gptq_cli.checkpoint.verify import check_written, refuse_wrong_numbers
 from gptq_cli.checkpoint.writer import CheckpointWriter, write_side_files

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from gptq_cli.checkpoint.adapters import with_adapters
+from gptq_cli.checkpoint.decoded import with_adapters
 from gptq_cli.checkpoint.headers import DAMAGED
 from gptq_cli.checkpoint.reader import open_reader
 from gptq_cli.checkpoint.source import open_checkpoint
