@@ -219,7 +219,33 @@ class TensorReader:
         self._open.clear()
 
 
-class DequantizingReader:
+class DecodingReader:
+    """What readers have in common that make some weights of several stored tensors each."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._raw = TensorReader(checkpoint)
+
+    def _stored(self, name: str) -> Iterable[str]:
+        """Return the names of the stored tensors that tensor `name` is made of."""
+        raise NotImplementedError
+
+    def prefetch(self, names: Iterable[str]) -> None:
+        """Do the same as TensorReader, for tensors and for the parts of weights."""
+        stored: list[str] = []
+        for name in names:
+            stored += self._stored(name)
+        self._raw.prefetch(stored)
+
+    def check_unchanged(self) -> None:
+        """Do the same as TensorReader."""
+        self._raw.check_unchanged()
+
+    def release(self) -> None:
+        """Do the same as TensorReader."""
+        self._raw.release()
+
+
+class DequantizingReader(DecodingReader):
     """Reads a checkpoint in codes as a full-precision model: the parts of X appear as `X.weight`.
 
     It reads every format of `FORMATS`, mixed bits and groups, with g_idx or without. With `backend`
@@ -228,8 +254,8 @@ class DequantizingReader:
     """
 
     def __init__(self, checkpoint: Checkpoint, device: torch.device, backend: str) -> None:
+        super().__init__(checkpoint)
         self._tensors = checkpoint.tensors
-        self._raw = TensorReader(checkpoint)
         self._packing = packing_of(checkpoint)
         self._with_kernel = backend == "triton" and has_kernel(checkpoint)
         modules = packed_modules(checkpoint.tensors, self._packing)
@@ -259,28 +285,15 @@ class DequantizingReader:
         # Contiguous, as a stored weight: products of another layout differ in their last bits.
         return decode(packed, module.bits, self._packing).dequantize().contiguous()
 
-    def prefetch(self, names: Iterable[str]) -> None:
-        """Do the same as TensorReader, for tensors and for the parts of weights."""
-        stored: list[str] = []
-        for name in names:
-            if name in self._modules:
-                stored += self._parts(self._modules[name])
-            else:
-                stored.append(name)
-        self._raw.prefetch(stored)
-
-    def check_unchanged(self) -> None:
-        """Do the same as TensorReader."""
-        self._raw.check_unchanged()
-
-    def release(self) -> None:
-        """Do the same as TensorReader."""
-        self._raw.release()
-
     def linear(self, name: str) -> QuantizedLinear:
         """Return the codes and the grid of one quantized linear."""
         module = self._modules[f"{name}.weight"]
         return decode(self._packed(module), module.bits, self._packing)
+
+    def _stored(self, name: str) -> Iterable[str]:
+        if name in self._modules:
+            return self._parts(self._modules[name])
+        return [name]
 
     def _parts(self, module: PackedModule) -> tuple[str, ...]:
         return part_names(module.name, self._tensors, self._packing)
@@ -293,13 +306,14 @@ class DequantizingReader:
         return packed
 
 
-class CodedReader:
+class CodedReader(DecodingReader):
     """Reads a checkpoint with weights in codes as the plain model, whose scales do not appear."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
         from gptq_cli.checkpoint.coded import plain_tensors
 
-        self._raw, self._coded = TensorReader(checkpoint), checkpoint.coded()
+        super().__init__(checkpoint)
+        self._coded = checkpoint.coded()
         self._names = list(plain_tensors(checkpoint, self._coded)[0])
         # Each expert is read as a part of its stack, which is not decoded for each of them.
         self._stacks: dict[str, Tensor] = {}
@@ -322,27 +336,18 @@ class CodedReader:
             self._stacks[name] = stack
         return stack
 
+    def _stored(self, name: str) -> Iterable[str]:
+        if name in self._coded:
+            return self._coded[name].parts.values()
+        return [name]
+
     def _parts(self, coded: Coded) -> dict[str, Tensor]:
         return {role: self._raw.read(stored) for role, stored in coded.parts.items()}
-
-    def prefetch(self, names: Iterable[str]) -> None:
-        """Do the same as TensorReader, for tensors and for the parts of weights."""
-        stored: list[str] = []
-        for name in names:
-            if name in self._coded:
-                stored += self._coded[name].parts.values()
-            else:
-                stored.append(name)
-        self._raw.prefetch(stored)
-
-    def check_unchanged(self) -> None:
-        """Do the same as TensorReader."""
-        self._raw.check_unchanged()
 
     def release(self) -> None:
         """Do the same as TensorReader, and free the experts that were read last."""
         self._stacks.clear()
-        self._raw.release()
+        super().release()
 
 
 def open_reader(
