@@ -12,16 +12,17 @@ from typing import Any
 
 from gptq_cli.checkpoint.defects import Defect
 from gptq_cli.checkpoint.headers import TensorInfo
-from gptq_cli.checkpoint.layout import (
+from gptq_cli.checkpoint.layout import Packing, Sizes, quantized_names
+from gptq_cli.config.layer import (
     HEAD,
+    HOLDS,
     Linears,
-    Packing,
     Settings,
-    Sizes,
     StoredConfig,
-    quantized_names,
+    flaw_of,
+    list_item,
+    matches,
 )
-from gptq_cli.config.layer import HOLDS, flaw_of, list_item, matches
 
 FORMAT = "auto-round"
 PLAIN_BITS = 16

@@ -15,10 +15,10 @@ from typing import Any
 
 from gptq_cli.checkpoint.defects import Defect, Effect, convert_command, tensor_defect
 from gptq_cli.checkpoint.headers import TensorInfo
-from gptq_cli.checkpoint.layout import HEAD, Packing, StoredConfig
+from gptq_cli.checkpoint.layout import Packing
 from gptq_cli.checkpoint.quantization_config import LISTED
 from gptq_cli.checkpoint.source import Checkpoint
-from gptq_cli.config.layer import kind_of, list_item
+from gptq_cli.config.layer import HEAD, StoredConfig, kind_of, list_item
 from gptq_cli.errors import InputError
 
 DECODER_BLOCKS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")

@@ -22,18 +22,18 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from gptq_cli.checkpoint.defects import Defect
 from gptq_cli.checkpoint.headers import TensorInfo
-from gptq_cli.checkpoint.layout import (
+from gptq_cli.checkpoint.layout import Arrays, Pack, Packing, Sizes, quantized_names
+from gptq_cli.config.layer import (
     HEAD,
-    Arrays,
+    HOLDS,
     Linears,
-    Pack,
-    Packing,
     Settings,
-    Sizes,
     StoredConfig,
-    quantized_names,
+    expert_part,
+    flaw_of,
+    matches,
+    runtime_names,
 )
-from gptq_cli.config.layer import HOLDS, expert_part, flaw_of, matches, runtime_names
 
 if TYPE_CHECKING:
     from gptq_cli.solver.quantized_linear import QuantizedLinear

@@ -10,10 +10,10 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from gptq_cli.checkpoint.headers import DTYPES_OF_CONFIG, TensorInfo
-from gptq_cli.checkpoint.layout import CODED_METHODS, HEAD, PackedModule, packed_modules, part_names
+from gptq_cli.checkpoint.layout import CODED_METHODS, PackedModule, packed_modules, part_names
 from gptq_cli.checkpoint.quantization_config import format_of, packing_of
 from gptq_cli.checkpoint.source import Checkpoint
-from gptq_cli.config.layer import FORMATS
+from gptq_cli.config.layer import FORMATS, HEAD
 from gptq_cli.errors import InputError
 
 if TYPE_CHECKING:

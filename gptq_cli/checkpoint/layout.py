@@ -9,28 +9,25 @@ AutoGPTQ's QuantLinear (O out_features, I in_features, G groups):
     g_idx   int32 [I]                   group of each input column
 
 The layout of an output is decided before the first weight is read: shard headers are written first,
-then tensors may arrive in any order and go straight to their places. At the end are the settings
-by which linears are stored, in the words of every format.
+then tensors may arrive in any order and go straight to their places.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 from gptq_cli.checkpoint.headers import DTYPES, TensorInfo
-from gptq_cli.config.layer import LayerConfig, first_match, keeps, list_item
 from gptq_cli.errors import ConfigError, InputError
 
 if TYPE_CHECKING:
     from gptq_cli.solver.quantized_linear import QuantizedLinear
 
 SINGLE_FILE = "model.safetensors"
-HEAD = "lm_head"
 FP8 = "fp8"
 # Methods of quantization whose weights `coded.py` finds.
 CODED_METHODS = (
@@ -451,90 +448,3 @@ def sizes_of(module: str, parts: Mapping[str, TensorInfo], packing: Packing) -> 
         if parts[part].shape != expected[part]:
             return None
     return sizes
-
-
-# ---------------------------------------------------------------- settings
-
-
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """How one module is stored; `group_size` -1 is one group a row."""
-
-    bits: int
-    group_size: int
-    sym: bool
-    desc_act: bool
-
-    @classmethod
-    def of(cls, layer: LayerConfig) -> Settings:
-        """Return how a layer with this configuration is stored."""
-        return cls(layer.bits, layer.group_size, layer.sym, not layer.has_trivial_g_idx)
-
-
-@dataclass(frozen=True, slots=True)
-class Linears:
-    """The linears of a checkpoint by name: settings and inputs of quantized ones, and kept ones."""
-
-    quantized: Mapping[str, Settings]
-    in_features: Mapping[str, int]
-    kept: Sequence[str]
-
-    @property
-    def sym(self) -> bool:
-        """Whether all quantized linears are symmetric."""
-        return all(settings.sym for settings in self.quantized.values())
-
-    def kept_in_blocks(self) -> list[str]:
-        """Return the kept linears that are beside quantized ones in a list of blocks."""
-        blocks = {item.list_name for item in map(list_item, self.quantized) if item}
-        kept = []
-        for name in self.kept:
-            item = list_item(name)
-            if item and item.list_name in blocks:
-                kept.append(name)
-        return kept
-
-    def usual(self) -> tuple[Settings, dict[str, Settings]]:
-        """Return the settings of most linears, and those of the others, sorted by name."""
-        base = Counter(self.quantized.values()).most_common(1)[0][0]
-        others = {}
-        for name, settings in sorted(self.quantized.items()):
-            if settings != base:
-                others[name] = settings
-        return base, others
-
-
-@dataclass(frozen=True, slots=True)
-class StoredConfig:
-    """A `quantization_config` whose values have the right types.
-
-    `listed` is `modules_in_block_to_quantize` as one list, None if there is none.
-    """
-
-    base: Settings
-    format: str
-    lm_head: bool
-    dynamic: Mapping[str, Mapping[str, Any]]
-    listed: tuple[str, ...] | None
-
-    def settings(self, module: str) -> Settings:
-        """Return the settings of a quantized module: the base with the changes of its rule."""
-        rule = first_match([rule for rule in self.dynamic if not keeps(rule)], module)
-        if not rule:
-            return self.base
-        changes = {}
-        for name, value in self.dynamic[rule].items():
-            if name in Settings.__slots__:
-                changes[name] = value
-        return replace(self.base, **changes)
-
-    def skip_rule(self, module: str) -> str | None:
-        """Return the `-:` rule that excludes `module` from quantization."""
-        return first_match([rule for rule in self.dynamic if keeps(rule)], module)
-
-    def is_listed(self, module: str) -> bool:
-        """Return whether `modules_in_block_to_quantize`, if there is one, names the module.
-
-        A name in it is a suffix, as in Optimum.
-        """
-        return self.listed is None or module.endswith(self.listed)

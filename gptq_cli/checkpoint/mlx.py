@@ -14,19 +14,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from gptq_cli.checkpoint.defects import Defect
 from gptq_cli.checkpoint.headers import TensorInfo
-from gptq_cli.checkpoint.layout import (
-    HEAD,
-    Arrays,
-    Linears,
-    Pack,
-    Packing,
-    Settings,
-    Sizes,
-    StoredConfig,
-    quantized_names,
-)
+from gptq_cli.checkpoint.layout import Arrays, Pack, Packing, Sizes, quantized_names
 from gptq_cli.checkpoint.mlx_experts import stack_of, stored_name
-from gptq_cli.config.layer import HOLDS
+from gptq_cli.config.layer import HEAD, HOLDS, Linears, Settings, StoredConfig
 
 if TYPE_CHECKING:
     from gptq_cli.solver.quantized_linear import QuantizedLinear

@@ -15,8 +15,9 @@ import numpy as np
 
 from gptq_cli.checkpoint.defects import Defect, convert_command, tensor_defect
 from gptq_cli.checkpoint.headers import TensorInfo, read_array, unpack_words
-from gptq_cli.checkpoint.layout import Arrays, Packing, Settings, Sizes, stored_parts
+from gptq_cli.checkpoint.layout import Arrays, Packing, Sizes, stored_parts
 from gptq_cli.checkpoint.quantization_config import BOTH_FILES
+from gptq_cli.config.layer import Settings
 from gptq_cli.solver.float16 import LARGEST, SMALLEST
 
 if TYPE_CHECKING:

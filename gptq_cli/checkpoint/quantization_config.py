@@ -14,25 +14,20 @@ from typing import Any, Protocol
 
 from gptq_cli.checkpoint.defects import Defect, Effect, convert_command
 from gptq_cli.checkpoint.headers import TensorInfo
-from gptq_cli.checkpoint.layout import (
-    GPTQ,
-    GPTQ_V2,
-    HEAD,
-    Linears,
-    Packing,
-    Settings,
-    StoredConfig,
-    stored_parts,
-)
+from gptq_cli.checkpoint.layout import GPTQ, GPTQ_V2, Packing, stored_parts
 from gptq_cli.checkpoint.model_files import read_json
 from gptq_cli.checkpoint.source import Checkpoint, is_of_mlx
 from gptq_cli.config.layer import (
     FORMATS,
     GPTQ_FORMATS,
+    HEAD,
     HOLDS,
     RUNTIME_HEAD,
     LayerConfig,
+    Linears,
+    Settings,
     Stored,
+    StoredConfig,
     expert_part,
     first_match,
     flaw_of,

@@ -17,7 +17,7 @@ from typing import Any
 from gptq_cli.checkpoint.claims import check_rules
 from gptq_cli.checkpoint.defects import Defect, convert_command, tensor_defect
 from gptq_cli.checkpoint.headers import TensorInfo, count_not_finite, is_zero
-from gptq_cli.checkpoint.layout import GPTQ, SINGLE_FILE, Settings, StoredConfig, quantized_names
+from gptq_cli.checkpoint.layout import GPTQ, SINGLE_FILE, quantized_names
 from gptq_cli.checkpoint.model_files import ADAPTER_CONFIG, index_file, is_safe_file, read_json
 from gptq_cli.checkpoint.quantization_config import (
     READABLE,
@@ -28,7 +28,7 @@ from gptq_cli.checkpoint.quantization_config import (
     stored_config,
 )
 from gptq_cli.checkpoint.source import Checkpoint, open_checkpoint
-from gptq_cli.config.layer import GPTQ_FORMATS
+from gptq_cli.config.layer import GPTQ_FORMATS, Settings, StoredConfig
 from gptq_cli.errors import GateError, InputError, shell_word, size, to_json
 from gptq_cli.events import PhaseStarted, Report, ignore
 from gptq_cli.files import UNREADABLE, ByteCount, is_file

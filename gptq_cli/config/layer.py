@@ -3,7 +3,7 @@
 A `dynamic` rule is a regular expression of Python's `re`, as for GPTQModel and vLLM. It is matched
 from the start of the full module name. Its prefix is `+:` (or nothing) for other settings, `-:` for
 "keep in full precision". All `-:` rules are tried first, then the others in the order in which they
-are written; the first match decides alone.
+are written; the first match decides alone. At the end are the settings of linears in a checkpoint.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ import signal
 import subprocess
 import sys
 import warnings
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from threading import current_thread, main_thread
 from types import FrameType
 from typing import Any, Literal, NamedTuple, get_args
@@ -302,6 +302,7 @@ RUNTIME_PREFIXES = {
     "thinker.model.": "language_model.model.",
     "language_model.layers.": "language_model.model.layers.",
 }
+HEAD = "lm_head"
 RUNTIME_HEAD = "language_model.lm_head"  # the head of such a model in vLLM
 _OF_EXPERT = re.compile(r"(.+\.\d+\..+)\.\d+\.([^.]+)")
 
@@ -550,3 +551,90 @@ def kind_of(name: str, *, last_too: bool = False) -> str:
     if last_too:
         return _NUMBER_OR_LAST.sub(".N", name)
     return _NUMBER.sub(".N", name)
+
+
+# ---------------------------------------------------------------- stored
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How one module is stored; `group_size` -1 is one group a row."""
+
+    bits: int
+    group_size: int
+    sym: bool
+    desc_act: bool
+
+    @classmethod
+    def of(cls, layer: LayerConfig) -> Settings:
+        """Return how a layer with this configuration is stored."""
+        return cls(layer.bits, layer.group_size, layer.sym, not layer.has_trivial_g_idx)
+
+
+@dataclass(frozen=True, slots=True)
+class Linears:
+    """The linears of a checkpoint by name: settings and inputs of quantized ones, and kept ones."""
+
+    quantized: Mapping[str, Settings]
+    in_features: Mapping[str, int]
+    kept: Sequence[str]
+
+    @property
+    def sym(self) -> bool:
+        """Whether all quantized linears are symmetric."""
+        return all(settings.sym for settings in self.quantized.values())
+
+    def kept_in_blocks(self) -> list[str]:
+        """Return the kept linears that are beside quantized ones in a list of blocks."""
+        blocks = {item.list_name for item in map(list_item, self.quantized) if item}
+        kept = []
+        for name in self.kept:
+            item = list_item(name)
+            if item and item.list_name in blocks:
+                kept.append(name)
+        return kept
+
+    def usual(self) -> tuple[Settings, dict[str, Settings]]:
+        """Return the settings of most linears, and those of the others, sorted by name."""
+        base = Counter(self.quantized.values()).most_common(1)[0][0]
+        others = {}
+        for name, settings in sorted(self.quantized.items()):
+            if settings != base:
+                others[name] = settings
+        return base, others
+
+
+@dataclass(frozen=True, slots=True)
+class StoredConfig:
+    """A `quantization_config` whose values have the right types.
+
+    `listed` is `modules_in_block_to_quantize` as one list, None if there is none.
+    """
+
+    base: Settings
+    format: str
+    lm_head: bool
+    dynamic: Mapping[str, Mapping[str, Any]]
+    listed: tuple[str, ...] | None
+
+    def settings(self, module: str) -> Settings:
+        """Return the settings of a quantized module: the base with the changes of its rule."""
+        rule = first_match([rule for rule in self.dynamic if not keeps(rule)], module)
+        if not rule:
+            return self.base
+        changes = {}
+        for name, value in self.dynamic[rule].items():
+            if name in Settings.__slots__:
+                changes[name] = value
+        return replace(self.base, **changes)
+
+    def skip_rule(self, module: str) -> str | None:
+        """Return the `-:` rule that excludes `module` from quantization."""
+        return first_match([rule for rule in self.dynamic if keeps(rule)], module)
+
+    def is_listed(self, module: str) -> bool:
+        """Return whether `modules_in_block_to_quantize`, if there is one, names the module.
+
+        A name in it is a suffix, as in Optimum.
+        """
+        return self.listed is None or module.endswith(self.listed)

@@ -14,7 +14,6 @@ import torch
 from gptq_cli.checkpoint.defects import Defect
 from gptq_cli.checkpoint.headers import TensorInfo
 from gptq_cli.checkpoint.layout import (
-    Linears,
     PackedModule,
     Packing,
     Sizes,
@@ -38,7 +37,7 @@ from gptq_cli.checkpoint.reader import DequantizingReader, columns_in_order, enc
 from gptq_cli.checkpoint.source import Checkpoint
 from gptq_cli.checkpoint.verify import check_written, refuse_damaged
 from gptq_cli.checkpoint.writer import CheckpointWriter, copy_side_files
-from gptq_cli.config.layer import FORMATS, GPTQ_FORMATS, formats_for, misfits
+from gptq_cli.config.layer import FORMATS, GPTQ_FORMATS, Linears, formats_for, misfits
 from gptq_cli.config.resolve import resolve, to_yaml
 from gptq_cli.errors import ConfigError, InputError, Problem, counted, one_of
 from gptq_cli.events import LayerStarted, PhaseStarted, Report, ignore

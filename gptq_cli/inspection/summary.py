@@ -15,15 +15,7 @@ from typing import TYPE_CHECKING, Any
 from gptq_cli.checkpoint.decoded import stores_transposed
 from gptq_cli.checkpoint.defects import Defect
 from gptq_cli.checkpoint.headers import TensorInfo
-from gptq_cli.checkpoint.layout import (
-    GPTQ,
-    PackedModule,
-    Packing,
-    Settings,
-    StoredConfig,
-    packed_modules,
-    part_names,
-)
+from gptq_cli.checkpoint.layout import GPTQ, PackedModule, Packing, packed_modules, part_names
 from gptq_cli.checkpoint.quantization_config import (
     declared_format,
     dialect_of,
@@ -40,7 +32,9 @@ from gptq_cli.config.layer import (
     FORMATS,
     GPTQ_FORMATS,
     LayerConfig,
+    Settings,
     Stored,
+    StoredConfig,
     kind_of,
     list_item,
 )

@@ -14,16 +14,7 @@ from dataclasses import dataclass
 
 from gptq_cli.checkpoint.decoded import Plain
 from gptq_cli.checkpoint.headers import TensorInfo
-from gptq_cli.checkpoint.layout import (
-    GPTQ,
-    Layout,
-    Linears,
-    Packing,
-    Settings,
-    Sizes,
-    TensorSpec,
-    packed_specs,
-)
+from gptq_cli.checkpoint.layout import GPTQ, Layout, Packing, Sizes, TensorSpec, packed_specs
 from gptq_cli.checkpoint.locate import model_name
 from gptq_cli.checkpoint.model_files import Remark
 from gptq_cli.checkpoint.source import Checkpoint
@@ -31,6 +22,8 @@ from gptq_cli.config.layer import (
     GPTQ_FORMATS,
     LayerChoice,
     LayerConfig,
+    Linears,
+    Settings,
     expert_part,
     kind_of,
     split_experts,

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 import torch
 
-from gptq_cli.checkpoint.layout import Linears, Settings, Sizes
+from gptq_cli.checkpoint.layout import Sizes
 from gptq_cli.checkpoint.mlx import describe
 from gptq_cli.checkpoint.quantization_config import packing_for
 from gptq_cli.checkpoint.reader import SAFETENSORS_DTYPE, decode, encode, encode_alike
-from gptq_cli.config.layer import FORMATS, HOLDS
+from gptq_cli.config.layer import FORMATS, HOLDS, Linears, Settings
 from gptq_cli.solver.quantized_linear import QuantizedLinear
 
 OUT, IN, GROUPS = 64, 96, 3
