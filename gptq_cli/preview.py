@@ -38,11 +38,9 @@ from gptq_cli.planning.estimate import (
     Disk,
     DownloadPlan,
     Estimate,
-    Seconds,
     Term,
     estimate_disk,
     estimate_download,
-    estimate_time,
     estimate_within_limits,
     gradient_tokens,
     total,
@@ -57,6 +55,7 @@ from gptq_cli.planning.run_plan import (
     judge_plan,
     remarks,
 )
+from gptq_cli.planning.seconds import Seconds, estimate_time
 
 if TYPE_CHECKING:
     from gptq_cli.calibration.windows import Part

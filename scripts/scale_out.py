@@ -21,8 +21,8 @@ from shapes import SHAPES, Shape
 from gptq_cli.checkpoint.headers import TensorInfo
 from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.planning.device_rates import H100, cost_model
-from gptq_cli.planning.estimate import Calibration, Seconds, estimate_seconds
 from gptq_cli.planning.run_plan import LayerPlan
+from gptq_cli.planning.seconds import Calibration, Seconds, estimate_seconds
 
 DEVICES = (1, 2, 4, 8, 16, 64)
 DEVICES_OF_A_NODE = 8

@@ -28,14 +28,14 @@ from shapes import Shape, write_sparse_model
 
 from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.planning.device_rates import DeviceRates, cost_model
-from gptq_cli.planning.estimate import (
+from gptq_cli.planning.plan import plan_run
+from gptq_cli.planning.seconds import (
     beside_seconds,
     estimate_time,
     fixed_seconds,
     gradient_seconds,
     saving_seconds,
 )
-from gptq_cli.planning.plan import plan_run
 
 
 def whole_run(

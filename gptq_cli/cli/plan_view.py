@@ -22,7 +22,8 @@ from gptq_cli.cli.progress import Progress
 from gptq_cli.config.fields import AUTO
 from gptq_cli.config.resolve import Resolved
 from gptq_cli.errors import clock, counted, size
-from gptq_cli.planning.estimate import Disk, DownloadPlan, Seconds, total
+from gptq_cli.planning.estimate import Disk, DownloadPlan, total
+from gptq_cli.planning.seconds import Seconds
 from gptq_cli.preview import PlanResult, TextPlan, preview_run
 
 ENGINES_SHOWN = 24  # columns

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, NamedTuple
 
 from gptq_cli.config.layer import LayerConfig
-from gptq_cli.planning.estimate import Rates
+from gptq_cli.planning.seconds import Rates
 
 SHRINKS_TRIED = 25  # factors of the scale that the search tries, as many as `SHRINKS` of the solver
 HESSIAN_PANEL = 2048  # columns of a Hessian on a GPU, as `CUDA_PANEL` of the solver

@@ -15,13 +15,13 @@ from torch import Tensor
 from gptq_cli.config.layer import LayerConfig
 from gptq_cli.planning.device_rates import CPU_START_SECONDS, H100, cost_model
 from gptq_cli.planning.estimate import (
-    Rates,
     factor_cost,
     hessian_cost,
     rows_of_a_part,
     shift_cost,
     solve_products,
 )
+from gptq_cli.planning.seconds import Rates
 from gptq_cli.solver.factor import HessianFactor, prepare
 from gptq_cli.solver.hessian import HessianAccumulator
 from gptq_cli.solver.numerics import feedback_precision

@@ -24,23 +24,25 @@ from gptq_cli.planning.device_rates import (
 from gptq_cli.planning.estimate import (
     ROWS_WITH_GRADIENTS,
     WIDE_FACTOR,
-    Calibration,
-    Rates,
     Term,
-    beside_seconds,
     estimate_memory,
-    estimate_seconds,
-    estimate_time,
     expert_cost,
     experts_at_once,
-    fixed_seconds,
-    gradient_seconds,
-    saving_seconds,
     solve_cost,
     total,
 )
 from gptq_cli.planning.plan import plan_run
 from gptq_cli.planning.run_plan import LayerPlan
+from gptq_cli.planning.seconds import (
+    Calibration,
+    Rates,
+    beside_seconds,
+    estimate_seconds,
+    estimate_time,
+    fixed_seconds,
+    gradient_seconds,
+    saving_seconds,
+)
 from gptq_cli.runtime.rates import measure_rates
 from gptq_cli.solver.factor import BLOCKED_FROM
 from gptq_cli.solver.grid import SHRINKS

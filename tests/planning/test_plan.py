@@ -20,16 +20,15 @@ from gptq_cli.inspection.summary import VECTORS, plan_rows
 from gptq_cli.planning.checks import check_memory, notes_on_limits
 from gptq_cli.planning.estimate import (
     LIBRARIES_BYTES,
-    Rates,
     estimate_disk,
     estimate_least_memory,
     estimate_memory,
-    estimate_time,
     estimate_within_limits,
     gradient_terms,
     total,
 )
 from gptq_cli.planning.plan import plan_run, refine_plan
+from gptq_cli.planning.seconds import Rates, estimate_time
 from gptq_cli.preview import preview_run
 from gptq_cli.runtime.open_model import open_stream
 from tests.families import FAMILIES, save_model, text_file
