@@ -15,7 +15,7 @@ from safetensors.torch import load, save
 from typer.testing import CliRunner
 
 from gptq_cli import api
-from gptq_cli.checkpoint import ranges, streaming
+from gptq_cli.checkpoint import download, ranges
 from gptq_cli.checkpoint.locate import locate_model
 from gptq_cli.checkpoint.streaming import stream_model
 from gptq_cli.cli.app import app
@@ -69,7 +69,7 @@ def small_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let headers take two requests and tensors several, and tries follow at once."""
     monkeypatch.setattr(ranges, "FIRST_PAUSE", 0.0)
     monkeypatch.setattr(ranges, "FIRST_BYTES", 100)
-    monkeypatch.setattr(streaming, "PART_BYTES", 30_000)
+    monkeypatch.setattr(download, "PART_BYTES", 30_000)
 
 
 @pytest.fixture(scope="module")
