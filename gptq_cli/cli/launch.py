@@ -116,7 +116,8 @@ def parse_devices(text: str | None) -> list[str]:
         match = re.fullmatch(r"cpu(?::(\d{1,3}))?|(?:cuda:)?(\d{1,3})", part.strip())
         if not match or match[1] == "0":
             message = f"--devices must be {FORMS}, got {text!r}"
-            raise ConfigError("E_CFG_RANGE", message, hint="--devices 0,1")
+            hint = "for one device, use --device in place of --devices"
+            raise ConfigError("E_CFG_RANGE", message, hint=hint)
         if match[2]:
             devices.append(f"cuda:{int(match[2])}")
         else:
@@ -274,11 +275,11 @@ def launch(devices: list[str], *, as_json: bool, directory: Path) -> int:
     Each process reports its own errors; only a killed one is reported here. Raise InputError
     E_DEVICE for a device that is not there.
     """
-    from gptq_cli.runtime.device import resolve_device
+    from gptq_cli.runtime.device import cpu_option, resolve_device
     from gptq_cli.runtime.processes import Processes, local_environment
 
     for device in devices:
-        resolve_device(device)
+        resolve_device(device, cpu_option(devices))
     environment = local_environment()
     if devices[0] == "cpu":  # the processes share the cores; torchrun sets this variable too
         n_threads = max(1, len(os.sched_getaffinity(0)) // len(devices))

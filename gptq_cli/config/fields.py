@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import Annotated, Any, Literal, get_args
@@ -368,8 +369,6 @@ def _hint(field: str, value: object, model: type[BaseModel]) -> str | None:
     if isinstance(value, int | float):
         return _hint_for_number(field, value, model)
     if isinstance(value, str):
-        if field == "target":
-            return target_hint(value) or suggestion(value, TARGETS) or ENGINES_ARE
         return _hint_for_text(field, value, model)
     return None
 
@@ -387,6 +386,8 @@ def _hint_for_number(field: str, value: float, model: type[BaseModel]) -> str | 
         return f"{BITS[0]} bits are the fewest"
     if field in ("nsamples", "seqlen"):
         return f"the default is {model.model_fields[field].default}"
+    if field == "device" and type(value) is int and value >= 0:
+        return f"did you mean cuda:{value}?"
     return None
 
 
@@ -400,13 +401,24 @@ def _hint_for_truth(value: object) -> str | None:
 
 
 def _hint_for_text(field: str, value: str, model: type[BaseModel]) -> str | None:
-    try:
-        float(value)
-    except ValueError:
-        if field == "format":
-            return format_hint(value)
-        return suggestion(value, words_of(field, model))
-    return f"write {value.strip()} without quotes"
+    if field == "target":
+        return target_hint(value) or suggestion(value, TARGETS) or ENGINES_ARE
+    if field == "format":
+        return format_hint(value)
+    if field == "device" and value.isdecimal():
+        return _hint_for_number(field, int(value), model)
+    if _takes_numbers(model.model_fields[field].annotation):
+        with suppress(ValueError):
+            float(value)
+            return f"write {value.strip()} without quotes"
+    return suggestion(value, words_of(field, model))
+
+
+def _takes_numbers(annotation: object) -> bool:
+    """Return whether a value of this type, or of a part of it, may be a number."""
+    if isinstance(annotation, int) or annotation in (int, float):  # of a Literal, or the type
+        return True
+    return any(map(_takes_numbers, get_args(annotation)))
 
 
 def words_of(field: str, model: type[BaseModel]) -> Sequence[str]:

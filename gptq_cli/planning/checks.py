@@ -277,9 +277,12 @@ def _check_text(config: QuantizeConfig) -> None:
 def check_shares(n_batches: int, n_processes: int) -> None:
     """ConfigError E_CFG_RANKS if there are fewer calibration batches than processes."""
     if n_batches < n_processes:
+        batches = f"{n_batches} calibration batches"
+        if n_batches == 1:
+            batches = "1 calibration batch"
         raise ConfigError(
             "E_CFG_RANKS",
-            f"{n_processes} processes cannot share {n_batches} calibration batches",
+            f"{n_processes} processes cannot share {batches}",
             hint="use fewer processes, a smaller --batch-size or more --nsamples",
         )
 

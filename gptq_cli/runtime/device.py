@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import platform
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -43,11 +44,19 @@ class Worker:
     trial: KernelTrial | None = None
 
 
-def resolve_device(device: str) -> torch.device:
+def cpu_option(devices: Sequence[str]) -> str:
+    """Return the option with which the CPU does the work of `devices`, which --devices names."""
+    if devices:
+        return f"--devices cpu:{len(devices)}"
+    return "--device cpu"
+
+
+def resolve_device(device: str, instead: str = cpu_option([])) -> torch.device:
     """Return the device with this name, or InputError E_DEVICE if there is none.
 
-    "auto" is the first CUDA device, or the CPU. A CUDA device gets its number, as tensors on it
-    have: `cuda` and `cuda:0` are not equal.
+    The hint of this error names the option `instead`, which uses the CPU. "auto" is the first CUDA
+    device, or the CPU. A CUDA device gets its number, as tensors on it have: `cuda` and `cuda:0`
+    are not equal.
     """
     if device == "auto":
         if torch.cuda.is_available():
@@ -63,7 +72,7 @@ def resolve_device(device: str) -> torch.device:
         raise InputError(
             "E_DEVICE",
             f"no CUDA device {index}: torch {torch.__version__} sees {counted(count, 'GPU')}",
-            hint="use --device cpu, or look at `nvidia-smi` and CUDA_VISIBLE_DEVICES",
+            hint=f"use {instead}, or look at `nvidia-smi` and CUDA_VISIBLE_DEVICES",
         )
     return torch.device("cuda", index)
 

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
 from gptq_cli.errors import ConfigError, GptqError, ResourceError, Stopped
-from gptq_cli.runtime.device import Worker, resolve_device
+from gptq_cli.runtime.device import Worker, cpu_option, resolve_device
 from gptq_cli.runtime.processes import LAUNCHER, MEETING, launcher_is_gone
 from gptq_cli.runtime.ranks import SINGLE_PROCESS, DistributedRanks
 
@@ -57,7 +57,8 @@ def joined(device: str, devices: Sequence[str], lost: Lost) -> Iterator[Worker]:
     """
     size, local = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", size))
-    own = resolve_device(_device_of(local, local_world_size, device, devices))
+    named = _device_of(local, local_world_size, device, devices)
+    own = resolve_device(named, cpu_option(devices))
     if size == 1:
         yield Worker(SINGLE_PROCESS, own)
         return

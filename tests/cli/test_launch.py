@@ -128,7 +128,10 @@ def test_a_missing_device_is_refused_once_before_the_start(
     assert (result.exit_code, result.stdout) == (3, "")
     assert result.stderr.startswith("error[E_DEVICE]: no CUDA device 0")
     assert result.stderr.count("error[") == 1
-    assert "hint: use --device cpu" in result.stderr
+    assert "hint: use --devices cpu:2, or look at" in result.stderr
+    alone = gptq(*quantize_words, "--devices", "1")
+    assert alone.stderr.splitlines()[0].startswith("error[E_DEVICE]: no CUDA device 1")
+    assert "hint: use --devices cpu:1, or look at" in alone.stderr
 
 
 @pytest.mark.parametrize("said", ["", "cpu:0", "0,,1", "gpu", "-1", "cuda", "0;1"])
@@ -138,7 +141,7 @@ def test_words_that_name_no_device_are_refused(said: str) -> None:
     ) as caught:
         parse_devices(said)
     assert (caught.value.code, caught.value.exit_code) == ("E_CFG_RANGE", 2)
-    assert caught.value.hint == "--devices 0,1"
+    assert caught.value.hint == "for one device, use --device in place of --devices"
 
 
 @pytest.mark.parametrize(

@@ -220,6 +220,25 @@ def test_hint_for_an_unknown_key_names_a_similar_key(key: str, tmp_path: Path) -
     assert problem.hint == f"did you mean {meant.get(key, 'group_size')}?"
 
 
+@pytest.mark.parametrize(
+    ("flags", "hint"),
+    [
+        ({"device": "1"}, "did you mean cuda:1?"),
+        ({"device": 1}, "did you mean cuda:1?"),
+        ({"device": "cpu:0"}, "did you mean cpu?"),
+        ({"device": "gpu"}, "did you mean cuda?"),
+        ({"preset": "4"}, None),  # which takes no numbers
+        ({"seqlen": "128"}, "write 128 without quotes"),
+        ({"group_size": "64"}, "write 64 without quotes"),
+    ],
+)
+def test_the_hint_for_a_number_fits_what_the_field_takes(
+    flags: dict[str, Any], hint: str | None
+) -> None:
+    (problem,) = problems_of(flags, {})
+    assert problem.hint == hint
+
+
 def test_without_a_width_there_are_four_bits(tmp_path: Path) -> None:
     for found in (resolve({}, {}, write(tmp_path, "sym: true\n")), resolve({}, {})):
         assert (found.config.bits, found.origins["bits"]) == (4, "default")

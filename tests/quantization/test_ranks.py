@@ -174,6 +174,8 @@ def test_a_process_that_would_write_other_bytes_is_refused(tmp_path: Path) -> No
 def test_more_processes_than_batches_are_refused() -> None:
     ranks = Ranks()
     ranks.size = 5
+    with pytest.raises(ConfigError, match=r"share 1 calibration batch$"):
+        ranks.share(1)
     with pytest.raises(
         ConfigError, match="5 processes cannot share 4 calibration batches"
     ) as caught:
