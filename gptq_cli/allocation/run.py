@@ -47,7 +47,7 @@ from gptq_cli.planning.checks import PreparedRun
 from gptq_cli.planning.plan import plan_checkpoint, refine_plan
 from gptq_cli.planning.run_plan import RunPlan, judge_plan
 from gptq_cli.quantization.resume import Identity
-from gptq_cli.quantization.run import Calibration, calibrate, identify_run, request_of
+from gptq_cli.quantization.run import Calibration, calibrate, how_read, identify_run, request_of
 from gptq_cli.quantization.run_state import Limits, Record, Run, SavingTimes
 from gptq_cli.runtime.device import (
     Worker,
@@ -407,7 +407,7 @@ def _identify(
     report: Report,
 ) -> Identity:
     """Return everything that the measurement depends on; all processes agree about it."""
-    report(PhaseStarted("source", f"identifying {prepared.located.name}"))
+    report(PhaseStarted("source", how_read(prepared.plan.source)))
     config = at_width(prepared.config, reference)
     fused = bool(fusing)
     return identify_run(

@@ -206,7 +206,7 @@ def carry_out(
         calibration = calibrate(source, config, record, ranks)
         stream = _stream_for(calibration, stream, prepared, worker, record)
         check_token_ids(calibration.windows.ids, stream.vocabulary_rows)
-        record(PhaseStarted("source", _how_read(source)))
+        record(PhaseStarted("source", how_read(source)))
         identity = identify_run(prepared, calibration, config, worker, record)
         settle_kernels(worker, record)
         manifest = None
@@ -271,7 +271,8 @@ def _downloading(source: Checkpoint, work: WorkDirectory | None, ranks: Ranks) -
             remove(work.download)
 
 
-def _how_read(source: Checkpoint) -> str:
+def how_read(source: Checkpoint) -> str:
+    """Return what is done with the weights before the first block."""
     if source.download is None:
         return f"identifying {size(source.nbytes)}"
     return f"downloading {size(source.nbytes)} block by block"

@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from gptq_cli import quantize
-from gptq_cli.events import BlockFinished, Event, Report, WorkKept
+from gptq_cli.errors import size
+from gptq_cli.events import BlockFinished, Event, PhaseStarted, Report, WorkKept
 from gptq_cli.quantization.run_state import SavingTimes
 from gptq_cli.runtime import device
 from tests.allocation.measuring import goal
@@ -64,6 +66,20 @@ def test_a_killed_run_with_a_goal_writes_the_same_bytes(
     assert (out / "gptq_allocation.json").is_file()
     assert quantize(model, wanted, out).already_done
     assert not list(tmp_path.glob(".*.gptq-work"))
+
+
+def test_the_measurement_and_the_run_after_it_say_the_same_of_the_weights(tmp_path: Path) -> None:
+    model = save_model(tmp_path / "model", dtype=torch.bfloat16)
+    events: list[Event] = []
+    quantize(model, goal(bits=2.5), tmp_path / "out", on_event=events.append)
+    said = []
+    for event in events:
+        if isinstance(event, PhaseStarted) and event.name == "source":
+            said.append(event.detail)
+    n_bytes = 0
+    for tensor in load_file(model / "model.safetensors").values():
+        n_bytes += tensor.numel() * 2
+    assert said == [f"identifying {size(n_bytes)}"] * 2
 
 
 def test_a_run_with_a_goal_warns_of_slow_16_bits_once_and_before_it_measures(

@@ -96,7 +96,7 @@ def test_the_page_shows_layers_errors_blocks_and_the_command(finished: Path) -> 
     for words in (
         "Tiny-GPTQ-Int4-g32",
         "gptq quantize model -b 4 --report",
-        f"{run['tokens']} tokens of calibration",
+        f"quantizing, without the start of the command; {run['tokens']} tokens of calibration",
     ):
         assert words in page
     assert len(run["blocks"]) == 3
