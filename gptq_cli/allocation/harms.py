@@ -21,11 +21,12 @@ Harms = dict[int, float]  # of one unit, by width
 class Measurement:
     """The KL of the model, in nats a token, if one unit is rounded at the reference width.
 
-    `uniform` is the KL if all units are.
+    `uniform` is the KL if all units are. The mean is over `tokens` of the probe.
     """
 
     kl: dict[str, float] = field(default_factory=dict)
     uniform: float = 0.0
+    tokens: int = 0
 
 
 def reference_width(widths: Sequence[int]) -> int:

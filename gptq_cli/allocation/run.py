@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from gptq_cli.allocation.copies import Copying, probe_shape
+from gptq_cli.allocation.first_order import HarmPass
 from gptq_cli.allocation.goals import (
     NO_GOAL,
     about_units,
@@ -25,7 +28,6 @@ from gptq_cli.allocation.goals import (
     fusing_engines,
 )
 from gptq_cli.allocation.harms import Harms, Measurement, harms_of, reference_width
-from gptq_cli.allocation.measure import Measuring, probe_shape
 from gptq_cli.allocation.rules import with_widths
 from gptq_cli.allocation.saved import (
     MeasuredBlocks,
@@ -43,10 +45,12 @@ from gptq_cli.config.serving import LOADS, Verdict
 from gptq_cli.errors import InputError, counted
 from gptq_cli.events import PhaseStarted, Report, Resumed, Warned, WorkKept, ignore
 from gptq_cli.models.stream import ModelStream
-from gptq_cli.planning.checks import PreparedRun
+from gptq_cli.planning.checks import PreparedRun, check_disk
+from gptq_cli.planning.estimate import GRADIENT_TOKENS
 from gptq_cli.planning.plan import plan_checkpoint, refine_plan
 from gptq_cli.planning.run_plan import RunPlan, judge_plan
 from gptq_cli.quantization.resume import Identity
+from gptq_cli.quantization.reverse_pass import NoGradientError, PassStore, pieces_of
 from gptq_cli.quantization.run import Calibration, calibrate, how_read, identify_run, request_of
 from gptq_cli.quantization.run_state import Limits, Record, Run, SavingTimes
 from gptq_cli.runtime.device import (
@@ -58,12 +62,13 @@ from gptq_cli.runtime.device import (
 )
 from gptq_cli.runtime.memory import Memory, device_errors
 from gptq_cli.runtime.open_model import DTYPES, open_stream
-from gptq_cli.storage.manifest import ALLOCATION
+from gptq_cli.storage.durable import remove
+from gptq_cli.storage.manifest import ALLOCATION, Journal, digest
 from gptq_cli.storage.work_directory import WorkDirectory, read_run, working_on, write_run
 
-REVISION = 5  # counted up if the same model gets another measurement
-LEAST_TOKENS = 8192  # of calibration, if the run has as many
-SHARE = 4  # the measurement takes a quarter of the windows, but not fewer tokens than these
+REVISION = 6  # counted up if the same model gets another measurement
+SHARE = 4  # the measurement takes a quarter of the windows, but not fewer tokens than these:
+LEAST_TOKENS, LEAST_PROBE = 8192, 4096  # of calibration, and of the probe for gradients
 # Rounding for the measurement: quick, but with the order and the signs of the run itself
 QUICK: dict[str, Any] = {
     "scale_search": "none",
@@ -198,13 +203,13 @@ def measure_model(
             report_slow_dtype(worker.device, goal.dtype, prepared.plan.source, tokens, report)
             for code, text in prepared.warnings:
                 report(Warned(code, text))
-        stream = _open(prepared, worker)
+        stream = _open(prepared, worker, prepared.config.dtype)
         plan_of = partial(_plan, prepared, stream)
         plans = {width: plan_of(at_width(prepared.config, width)) for width in widths}
         fusing = fusing_engines(goal)
         units = find_units(plans, goal.protect, fused=bool(fusing))
         _refuse_unreachable(units, goal, prepared.config, plan_of)
-        calibration, probe = _text(prepared, len(units), worker, report)
+        calibration = _calibration(prepared, worker, report)
         check_token_ids(calibration.windows.ids, stream.vocabulary_rows)
         reference = reference_width(widths)
         identity = _identify(prepared, calibration, reference, fusing, worker, report)
@@ -214,12 +219,13 @@ def measure_model(
         measured = worker.team.broadcast([kept.read(names, report)])[0]
         already_done = measured is not None
         if measured is None:
-            measuring = _measuring(
-                prepared, plans[reference], units, stream, calibration, probe, worker, report
-            )
             if work is not None and kept.file == work.allocation:
                 _note_begun(prepared, goal, work, identity)
-            measured = _carry_out(measuring, work, identity, report)
+            measuring = Measuring(
+                prepared, plans[reference], units, calibration, worker, report, work, identity
+            )
+            with _reporting_kept_work(work, report):
+                measured = measuring.carry_out(stream)
         kept.write(measured)
     return MeasuredModel(
         model=prepared.located.name,
@@ -229,7 +235,7 @@ def measure_model(
         fusing=tuple(fusing),
         harms=tuple(harms_of(units, measured, reference)),
         plan_of=plan_of,
-        probe_tokens=probe.tokens,
+        probe_tokens=measured.tokens,
         seconds=time.perf_counter() - started,
         already_done=already_done,
     )
@@ -322,16 +328,8 @@ def _work_directory(
         yield work
 
 
-def _open(prepared: PreparedRun, worker: Worker) -> ModelStream:
-    """Return the model, in float32 unless the user chose a dtype.
-
-    In 16 bits, any change at all changes the last bits of everything behind it; the KL of that is
-    as large as the harm of a unit at 4 bits.
-    """
+def _open(prepared: PreparedRun, worker: Worker, dtype: str) -> ModelStream:
     config = prepared.config
-    dtype = config.dtype
-    if dtype == "auto":
-        dtype = "float32"
     host = Memory(torch.device("cpu"), None, config.max_ram_bytes, worker.team.local_world_size)
     return open_stream(
         prepared.plan.source,
@@ -361,33 +359,23 @@ def _refuse_unreachable(
     unmeasured(units, goal, size_of)
 
 
-def _text(
-    prepared: PreparedRun, n_units: int, worker: Worker, report: Report
-) -> tuple[Calibration, Windows]:
-    """Return the calibration windows of the measurement, and those of the probe.
+def _calibration(prepared: PreparedRun, worker: Worker, report: Report) -> Calibration:
+    """Return the calibration windows of the measurement.
 
     A part of the windows of the run is enough for rounding. They make as many batches, so that as
     many processes can share them.
     """
     config = prepared.config
-    n_windows = max(-(-LEAST_TOKENS // config.seqlen), -(-config.nsamples // SHARE))
-    n_windows = min(config.nsamples, max(n_windows, _n_batches(config)))
-    source, team = prepared.plan.source, worker.team
+    n_windows = min(config.nsamples, max(_a_part(config, LEAST_TOKENS), _n_batches(config)))
     fewer = config.model_copy(update={"nsamples": n_windows})
-    calibration = calibrate(source, fewer, report, team)
+    calibration = calibrate(prepared.plan.source, fewer, report, worker.team)
     if calibration.windows.images:
         raise InputError(
             "E_DATA_IMAGE",
             "widths are measured on text, but the dataset holds images",
             hint="allocate on text, then quantize with that file: --config FILE --dataset IMAGES",
         )
-    n_tokens = config.nsamples * config.seqlen
-    n_windows, length = probe_shape(n_tokens, n_units, config.seqlen)
-    windows, units = counted(n_windows, "window"), counted(n_units, "unit")
-    report(PhaseStarted("probe", f"{windows} of {length} tokens for {units}"))
-    drawn = {"nsamples": n_windows, "seqlen": length, "seed": config.seed + 1}
-    probe = calibrate(source, config.model_copy(update=drawn), ignore, team).windows
-    return calibration, probe
+    return calibration
 
 
 def _batches(windows: Windows, n_batches: int) -> Sequence[Tensor]:
@@ -415,26 +403,6 @@ def _identify(
     )
 
 
-def _measuring(
-    prepared: PreparedRun,
-    plan: RunPlan,
-    units: Sequence[Unit],
-    stream: ModelStream,
-    calibration: Calibration,
-    probe: Windows,
-    worker: Worker,
-    report: Report,
-) -> Measuring:
-    """Return the measurement, which has not begun; `plan` is that of the reference width."""
-    config = prepared.config.model_copy(update=QUICK | {"true_sequential": False})
-    batches = _batches(calibration.windows, _n_batches(prepared.config))
-    unlimited, record = Limits(config), Record(ignore)
-    run = Run(config, _quickly(plan), stream, worker.team, batches, record, unlimited)
-    limits = Limits(config, prepared.options.max_seconds)
-    dtype = DTYPES[forward_dtype(prepared.plan.source, config.dtype)]
-    return Measuring(run, units, probe, dtype, report, limits)
-
-
 def _note_begun(
     prepared: PreparedRun, goal: QuantizeConfig, work: WorkDirectory, identity: Identity
 ) -> None:
@@ -446,22 +414,126 @@ def _note_begun(
     write_run(work.path, identity, request_of(replace(prepared, config=config), work.output))
 
 
-def _carry_out(
-    measuring: Measuring, work: WorkDirectory | None, identity: Identity, report: Report
-) -> Measurement:
-    """Measure from the last block that was saved."""
-    if work is None:
-        return measuring.carry_out()
-    times = SavingTimes(always=measuring.limits.has_end)
-    with MeasuredBlocks(work, identity, times) as saved:
-        if saved.n_finished:
-            report(Resumed(saved.n_finished, measuring.stream.n_blocks, work.path))
-        try:
-            return measuring.carry_out(saved)
-        except BaseException:
-            if saved.n_finished and read_run(work.path) is not None and not work.journal.exists():
-                report(WorkKept(work.path, failed=False))
-            raise
+@dataclass(frozen=True, slots=True)
+class Measuring:
+    """A measurement that has not ended; `plan` is that of the reference width.
+
+    What is finished of it is in `work`; processes without one write nothing.
+    """
+
+    prepared: PreparedRun
+    plan: RunPlan
+    units: Sequence[Unit]
+    calibration: Calibration
+    worker: Worker
+    report: Report
+    work: WorkDirectory | None
+    identity: Identity
+
+    def carry_out(self, stream: ModelStream) -> Measurement:
+        """Measure with gradients; if the model allows none, with copies of the probe."""
+        begun = None
+        if self.worker.team.is_leader:
+            begun = self._has_begun_copies()
+        if not self.worker.team.broadcast(begun):
+            try:
+                return self._with_gradients(stream)
+            except NoGradientError as error:
+                self.report(PhaseStarted("probe", f"copies for each unit, because {error}"))
+                if self.work is not None:
+                    remove(self.work.harms)
+        return self._with_copies()
+
+    def _has_begun_copies(self) -> bool:
+        """Return whether an earlier call has found that the model allows no gradients."""
+        if self.work is None:
+            return False
+        journal = Journal(self.work.allocation_journal, digest(self.identity))
+        return bool(journal.entries)
+
+    def _with_gradients(self, stream: ModelStream) -> Measurement:
+        config = self.prepared.config
+        most = max(1, GRADIENT_TOKENS // config.seqlen)
+        n_windows = min(config.nsamples, _a_part(config, LEAST_PROBE), most)
+        probe = self._probe(n_windows, config.seqlen)
+        limits = Limits(config, self.prepared.options.max_seconds)
+        run = self._run(stream, limits)
+        pieces = pieces_of(cast(Sequence[Tensor], probe.batches(n_windows)))
+        with self._store() as store:
+            harms = HarmPass(run, self.units, pieces, store, self.report)
+            if self.work is not None:
+                check_disk(self.work, 0, harms.disk_bytes)
+            return harms.measure()
+
+    @contextmanager
+    def _store(self) -> Iterator[PassStore | None]:
+        """Yield the files of the pass; without a work directory they are temporary."""
+        with ExitStack() as stack:
+            if not self.worker.team.is_leader:
+                yield None
+                return
+            if self.work is not None:
+                directory = self.work.harms
+            else:
+                directory = Path(stack.enter_context(TemporaryDirectory(prefix="gptq-"))) / "pass"
+            store = PassStore(directory, digest(self.identity), self.report)
+            stack.callback(store.close)
+            yield store
+
+    def _with_copies(self) -> Measurement:
+        config = self.prepared.config
+        # In 16 bits, any change at all changes the last bits of everything behind it; the KL of
+        # that is as large as the harm of a unit at 4 bits.
+        dtype: str = config.dtype
+        if dtype == "auto":
+            dtype = "float32"
+        stream = _open(self.prepared, self.worker, dtype)
+        n_tokens, seqlen = config.nsamples * config.seqlen, config.seqlen
+        probe = self._probe(*probe_shape(n_tokens, len(self.units), seqlen))
+        run = self._run(stream, Limits(config))
+        limits = Limits(config, self.prepared.options.max_seconds)
+        calibrated_in = DTYPES[forward_dtype(self.prepared.plan.source, config.dtype)]
+        copying = Copying(run, self.units, probe, calibrated_in, self.report, limits)
+        if self.work is None:
+            return copying.carry_out()
+        times = SavingTimes(always=limits.has_end)
+        with MeasuredBlocks(self.work, self.identity, times) as saved:
+            if saved.n_finished:
+                self.report(Resumed(saved.n_finished, stream.n_blocks, self.work.path))
+            return copying.carry_out(saved)
+
+    def _probe(self, n_windows: int, length: int) -> Windows:
+        """Return windows of text beside those of the calibration."""
+        windows, units = counted(n_windows, "window"), counted(len(self.units), "unit")
+        self.report(PhaseStarted("probe", f"{windows} of {length} tokens for {units}"))
+        config = self.prepared.config
+        drawn = {"nsamples": n_windows, "seqlen": length, "seed": config.seed + 1}
+        config = config.model_copy(update=drawn)
+        return calibrate(self.prepared.plan.source, config, ignore, self.worker.team).windows
+
+    def _run(self, stream: ModelStream, limits: Limits) -> Run:
+        """Return the run that rounds every layer quickly, and keeps nothing."""
+        config = self.prepared.config.model_copy(update=QUICK | {"true_sequential": False})
+        batches = _batches(self.calibration.windows, _n_batches(self.prepared.config))
+        plan, team = _quickly(self.plan), self.worker.team
+        return Run(config, plan, stream, team, batches, Record(ignore), limits)
+
+
+@contextmanager
+def _reporting_kept_work(work: WorkDirectory | None, report: Report) -> Iterator[None]:
+    """If the body fails, report the work that the next call resumes."""
+    try:
+        yield
+    except BaseException:
+        begun = work is not None and work.holds_work() and not work.journal.exists()
+        if work is not None and begun and read_run(work.path) is not None:
+            report(WorkKept(work.path, blocks=False))
+        raise
+
+
+def _a_part(config: QuantizeConfig, least_tokens: int) -> int:
+    """Return the number of windows that are a part of those of the run, but have enough tokens."""
+    return max(-(-least_tokens // config.seqlen), -(-config.nsamples // SHARE))
 
 
 def _n_batches(config: QuantizeConfig) -> int:

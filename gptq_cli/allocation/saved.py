@@ -95,7 +95,9 @@ def read_measurement(
 
 def _is_usable(measured: Any, units: Collection[str]) -> TypeGuard[dict[str, Any]]:
     """Return whether JSON that was read is a `Measurement` of these units."""
-    if not isinstance(measured, dict) or measured.keys() != {"kl", "uniform"}:
+    if not isinstance(measured, dict) or measured.keys() != {"kl", "uniform", "tokens"}:
+        return False
+    if type(measured["tokens"]) is not int:
         return False
     kl = measured["kl"]
     if not isinstance(kl, dict) or kl.keys() != set(units):
@@ -129,5 +131,6 @@ def note_choice(file: Path, choice: Mapping[str, Any]) -> None:
 
 def remove_state(work: WorkDirectory) -> None:
     """Remove what a finished measurement needs no more; the journal goes first."""
-    for file in (work.allocation_journal, work.allocation_state(0), work.allocation_state(1)):
-        remove(file)
+    states = (work.allocation_state(0), work.allocation_state(1))
+    for path in (work.allocation_journal, *states, work.harms):
+        remove(path)

@@ -125,7 +125,8 @@ class Experts(nn.Module):
         output = torch.zeros_like(hidden_states)
         weights = None if top_k_weights is None else top_k_weights.T.flatten()
         add_outputs = self._add_one_by_one
-        if hidden_states.is_cuda:
+        # A backward pass needs the call of each linear, and no output that is written in place.
+        if hidden_states.is_cuda and not torch.is_grad_enabled():
             add_outputs = self._add_together
         add_outputs(output, Routed(hidden_states, top_k_index), weights)
         if self.n_choices > self.n_experts:

@@ -6,9 +6,13 @@
     run.json      identity of the run, and the call that `gptq resume` repeats
     journal.jsonl the finished blocks
     hidden-0, -1  hidden states after the last two finished blocks
-    gradients/    their sums at the outputs of loss-aware layers, and hidden states until then
-    allocation.jsonl, allocation-0, -1, gptq_allocation.json
-                  the same for the measurement before an allocation of bits, and its result
+    gradients/    the pass for gradients of loss-aware layers: its journal, their sums, and hidden
+                  states until it ends
+    harms/        the same for the measurement before an allocation of bits
+    gptq_allocation.json
+                  the result of that measurement
+    allocation.jsonl, allocation-0, -1
+                  its finished blocks and hidden states, if the model allows no gradients
     out/          becomes OUT
     download/     blocks of a model that is downloaded while it is read
     replaced-0    an output that was replaced, until it is removed, or as much as cannot be removed
@@ -51,12 +55,12 @@ RUN = "run.json"
 JOURNAL = "journal.jsonl"
 STAGE = "out"
 DOWNLOAD = "download"
-GRADIENTS, SEAL = "gradients", "complete.json"
+GRADIENTS, HARMS = "gradients", "harms"
 ASIDE = "old"
 HIDDEN = ("hidden-0", "hidden-1")
 ALLOCATION_JOURNAL = "allocation.jsonl"
 ALLOCATION_STATES = ("allocation-0", "allocation-1")
-OF_ALLOCATION = (ALLOCATION, ALLOCATION_JOURNAL, *ALLOCATION_STATES)
+OF_ALLOCATION = (HARMS, ALLOCATION, ALLOCATION_JOURNAL, *ALLOCATION_STATES)
 REPLACED = "replaced-"
 SUFFIX = ".gptq-work"
 # Numbers of statfs(2) for file systems that other machines write too, or that promise no durable
@@ -80,6 +84,7 @@ class WorkDirectory:
         self.stage = self.path / STAGE
         self.download = self.path / DOWNLOAD
         self.gradients = self.path / GRADIENTS
+        self.harms = self.path / HARMS
         self.aside = self.path / ASIDE
         self.lock = self.path / LOCK
         self.journal = self.path / JOURNAL
@@ -120,8 +125,8 @@ class WorkDirectory:
 
     def holds_work(self) -> bool:
         """Return whether a later run can use something in the directory."""
-        gradients = self.gradients / SEAL
-        kept = (self.journal, gradients, self.allocation, self.allocation_journal)
+        passes = (self.gradients / JOURNAL, self.harms / JOURNAL)
+        kept = (self.journal, *passes, self.allocation, self.allocation_journal)
         return any(file.exists() for file in kept)
 
     def publish(self, model: Path, *, overwrite: bool) -> None:

@@ -11,39 +11,36 @@ from safetensors.torch import load_file
 
 from gptq_cli import quantize
 from gptq_cli.errors import size
-from gptq_cli.events import BlockFinished, Event, PhaseStarted, Report, WorkKept
+from gptq_cli.events import BlockFinished, BlocksDone, Event, PhaseStarted, Report, WorkKept
 from gptq_cli.quantization.run_state import SavingTimes
 from gptq_cli.runtime import device
-from tests.allocation.measuring import goal
+from tests.allocation.measuring import ends_step, goal
 from tests.cli.conftest import run_gptq
 from tests.disks import Killed
 from tests.families import save_model
 from tests.runs import digest, messages
 
-BLOCKS = 3
 
-
-def killer(n_blocks: int, events: list[Event]) -> Report:
-    """Return a report that kills the run when it has finished this many blocks in both parts.
+def killer(n_steps: int, events: list[Event]) -> Report:
+    """Return a report that kills the run in this step of the measurement, or block behind it.
 
     It collects the events.
     """
-    finished = 0
+    begun = 0
 
     def stop(event: Event) -> None:
-        nonlocal finished
+        nonlocal begun
         events.append(event)
-        if isinstance(event, BlockFinished):
-            finished += 1
-            if finished == n_blocks:
-                raise Killed
+        begun += ends_step(event) or isinstance(event, BlockFinished)
+        if begun == n_steps:
+            raise Killed
 
     return stop
 
 
 @pytest.mark.parametrize(
-    ("again", "kills"),  # in the measurement, and in the block after its last one
-    [("call", (1, BLOCKS)), ("resume", (1, BLOCKS)), ("resume", (1,))],
+    ("again", "kills"),  # in the third of seven steps, and after the first block behind them
+    [("call", (3, 6)), ("resume", (3, 6)), ("resume", (3,))],
 )
 def test_a_killed_run_with_a_goal_writes_the_same_bytes(
     again: str, kills: tuple[int, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -53,11 +50,12 @@ def test_a_killed_run_with_a_goal_writes_the_same_bytes(
     wanted = goal(bits=2.5)
     whole = quantize(model, wanted, tmp_path / "whole").output
     out = tmp_path / "out"
-    for n_blocks in kills:
+    for n_steps in kills:
         events: list[Event] = []
         with pytest.raises(Killed):
-            quantize(model, wanted, out, on_event=killer(n_blocks, events))
-        assert events[-1] == WorkKept(tmp_path / ".out.gptq-work")
+            quantize(model, wanted, out, on_event=killer(n_steps, events))
+        blocks = isinstance(events[-2], BlockFinished)
+        assert events[-1] == WorkKept(tmp_path / ".out.gptq-work", blocks=blocks)
     if again == "call":
         assert quantize(model, wanted, out).resumed_blocks == 1
     else:
@@ -93,5 +91,5 @@ def test_a_run_with_a_goal_warns_of_slow_16_bits_once_and_before_it_measures(
     wanted = goal(bits=2.5, dtype="auto", device="cpu")
     quantize(model, wanted, tmp_path / "out", on_event=events.append)
     assert len(messages(events, "W_SLOW_DTYPE")) == 1
-    measured = [type(event) for event in events].index(BlockFinished)
+    measured = [type(event) for event in events].index(BlocksDone)
     assert len(messages(events[:measured], "W_SLOW_DTYPE")) == 1

@@ -17,19 +17,20 @@ from transformers.models.llama import modeling_llama
 
 from gptq_cli.config.layer import LayerConfig
 from gptq_cli.errors import InputError, PausedError
-from gptq_cli.events import BlocksDone, Event, PhaseStarted, Report, WorkKept
+from gptq_cli.events import BlocksDone, Event, PhaseStarted, Report, WorkKept, ignore
 from gptq_cli.planning.plan import plan_run
-from gptq_cli.quantization import gradients, layers
+from gptq_cli.quantization import gradients, layers, reverse_pass
 from gptq_cli.quantization.run import QuantizeResult, quantize_checkpoint
 from gptq_cli.runtime.ranks import Ranks
 from gptq_cli.solver.factor import HessianFactor, NotPositiveDefiniteError
 from gptq_cli.solver.hessian import LONGEST
-from gptq_cli.storage.work_directory import SEAL
+from gptq_cli.storage.work_directory import JOURNAL
 from tests.architectures import build
 from tests.disks import CountingDisk, Killed, using
 from tests.families import save, save_model
 from tests.runs import calibration_ids, config, digest, messages, quantize
 from tests.tiny import SMALL, WORK, Case, killer
+from tests.whole_model import inputs_of, slow_gradients, slow_labels
 
 SETTINGS: dict[str, object] = {"loss_aware": True, "group_size": 16, "batch_size": 4}
 
@@ -61,36 +62,6 @@ def written(
     return sums, energies
 
 
-def slow_labels(logits: Tensor, uniform: Tensor) -> list[int]:
-    labels = []
-    for row, number in zip(logits.double().softmax(-1), uniform.tolist(), strict=True):
-        cumulated, label = 0.0, -1
-        while cumulated <= number:
-            label += 1
-            cumulated += float(row[label])
-        labels.append(label)
-    return labels
-
-
-def slow_gradients(model: Path, names: list[str], windows: Tensor) -> dict[str, Tensor]:
-    """Return g [tokens, O] from one backward pass through the whole model."""
-    whole = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
-    outputs: dict[str, Tensor] = {}
-
-    def note(name: str) -> Callable[..., None]:
-        return lambda _module, _args, output: outputs.__setitem__(name, output)
-
-    for name in names:
-        whole.get_submodule(name).register_forward_hook(note(name))
-    logits = whole(windows, use_cache=False).logits.flatten(0, 1)
-    uniform = torch.rand(len(logits), generator=torch.Generator().manual_seed(0))
-    labels = torch.tensor(slow_labels(logits.detach(), uniform))
-    likelihood = logits.log_softmax(-1)[torch.arange(len(labels)), labels].sum()
-    found = torch.autograd.grad(likelihood, [outputs[name] for name in names])
-    rows = [of_outputs.reshape(len(labels), -1) for of_outputs in found]
-    return dict(zip(names, rows, strict=True))
-
-
 def slow_sums(found: dict[str, Tensor], windows: Tensor, piece: int) -> dict[str, Tensor]:
     """Return Σ g gᵀ, token by token. Tokens are limited among those of `piece` windows."""
     sums = {}
@@ -113,16 +84,6 @@ def slow_sum(tokens: Tensor) -> Tensor:
     return total
 
 
-def inputs_of(model: Path, name: str, windows: Tensor) -> Tensor:
-    """Return the inputs [tokens, I] of a linear of the unquantized model."""
-    whole, found = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), []
-    linear = whole.get_submodule(name)
-    linear.register_forward_hook(lambda _module, args, _output: found.append(args[0].flatten(0, 1)))
-    with torch.no_grad():
-        whole(windows, use_cache=False)
-    return found[0]
-
-
 @pytest.mark.parametrize(
     ("family", "n_layers", "n_weighted"),
     [("llama", 21, 21), ("gemma2", 21, 21), ("gpt2", 6, 12), ("opt", 18, 18), ("qwen3_moe", 8, 8)],
@@ -130,8 +91,8 @@ def inputs_of(model: Path, name: str, windows: Tensor) -> Tensor:
 def test_gradients_equal_those_of_the_whole_model_in_memory(
     family: str, n_layers: int, n_weighted: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gradients, "TOKENS_OF_A_PIECE", 128)
-    monkeypatch.setattr(gradients, "LOGITS_AT_ONCE", 512 * 20)
+    monkeypatch.setattr(reverse_pass, "TOKENS_OF_A_PIECE", 128)
+    monkeypatch.setattr(reverse_pass, "LOGITS_AT_ONCE", 512 * 20)
     model = save_model(tmp_path / "model", family)
     sums, energies = written(model, tmp_path / "out", moe_uncovered="rtn")
     assert (len(sums), len(energies)) == (n_layers, n_weighted)
@@ -150,7 +111,7 @@ def test_gradients_equal_those_of_the_whole_model_in_memory(
 def test_the_pass_takes_the_first_windows_of_the_text(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gradients, "GRADIENT_TOKENS", 3 * 64)
+    monkeypatch.setattr(reverse_pass, "GRADIENT_TOKENS", 3 * 64)
     model = save_model(tmp_path / "model")
     sums, energies = written(model, tmp_path / "out")
     windows = calibration_ids(model, config(**SETTINGS))
@@ -165,10 +126,12 @@ def test_the_pass_takes_the_first_windows_of_the_text(
 
 def test_pieces_have_few_tokens_but_a_window_at_least() -> None:
     short = [torch.zeros(8, 800), torch.zeros(8, 500), torch.zeros(80, 500)]
-    assert [len(piece) for piece in gradients.pieces_of(short)] == [1] * 8 + [2] * 4 + [2] * 5 + [1]
-    assert [len(piece) for piece in gradients.pieces_of([torch.zeros(2, 17000)])] == [1]
-    assert [len(piece) for piece in gradients.pieces_of([torch.zeros(3, 9000)])] == [1]
-    assert [len(piece) for piece in gradients.pieces_of([torch.zeros(2, 7)])] == [2]
+    assert [len(piece) for piece in reverse_pass.pieces_of(short)] == [1] * 8 + [2] * 4 + [
+        2
+    ] * 5 + [1]
+    assert [len(piece) for piece in reverse_pass.pieces_of([torch.zeros(2, 17000)])] == [1]
+    assert [len(piece) for piece in reverse_pass.pieces_of([torch.zeros(3, 9000)])] == [1]
+    assert [len(piece) for piece in reverse_pass.pieces_of([torch.zeros(2, 7)])] == [2]
 
 
 def test_labels_are_the_first_to_cumulate_more_than_their_numbers() -> None:
@@ -176,7 +139,7 @@ def test_labels_are_the_first_to_cumulate_more_than_their_numbers() -> None:
     likelihoods = torch.randn(200, 13, generator=random).log_softmax(-1)
     uniform = torch.rand(200, generator=random)
     uniform[0], uniform[1] = 0, 1
-    labels = gradients.drawn_labels(likelihoods, uniform).tolist()
+    labels = reverse_pass.drawn_labels(likelihoods, uniform).tolist()
     assert labels[0] == 0
     assert labels[1] == 12
     assert labels[2:] == slow_labels(likelihoods[2:], uniform[2:])
@@ -184,15 +147,15 @@ def test_labels_are_the_first_to_cumulate_more_than_their_numbers() -> None:
 
 def test_the_text_ends_with_a_batch_that_is_taken_in_part() -> None:
     batches = [torch.zeros(8, 4096), torch.zeros(3, 100)]
-    assert [tuple(piece.shape) for piece in gradients.pieces_of(batches)] == [(1, 4096)] * 4
+    assert [tuple(piece.shape) for piece in reverse_pass.pieces_of(batches)] == [(1, 4096)] * 4
     batches = [torch.zeros(20, 1000), torch.zeros(3, 100)]
-    assert [tuple(piece.shape) for piece in gradients.pieces_of(batches)] == [(1, 1000)] * 16
+    assert [tuple(piece.shape) for piece in reverse_pass.pieces_of(batches)] == [(1, 1000)] * 16
 
 
 def test_hessians_weigh_tokens_by_their_gradients(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gradients, "GRADIENT_TOKENS", 5 * 64)
+    monkeypatch.setattr(reverse_pass, "GRADIENT_TOKENS", 5 * 64)
     model, seen = save_model(tmp_path / "model"), []
     usual = layers.prepare
 
@@ -225,22 +188,21 @@ def test_layers_without_an_energy_weigh_tokens_alike(missing: str, tmp_path: Pat
     by_name = {layer.name: layer for layer in plan.layers}
     gate, up = (by_name[f"model.layers.0.mlp.{name}_proj"] for name in ("gate", "up"))
     known = {gate.name: torch.tensor([1.0, 9, 16 * 40]), up.name: torch.tensor([1.0, 31, 0])}
-    store = gradients.GradientStore(tmp_path / "store", "")
-    store.begin()
-    store.save(0, {}, known)
+    if missing == "file":
+        del known[gate.name]
+    store = reverse_pass.PassStore(tmp_path / "store", "", ignore)
+    store.finish({"sums-0": ({}, known)}, [], None)
     found = gradients.SummedGradients(Ranks(), torch.device("cpu"), store, 3, [2, 2])
-    assert [part.tolist() for part in found.factors([gate, up])] == [[0.5, 1], [2, 1]]
     if missing == "plan":
+        assert [part.tolist() for part in found.factors([gate, up])] == [[0.5, 1], [2, 1]]
         gate = replace(gate, config=LayerConfig())
-    else:
-        store.save(0, {}, {up.name: known[up.name]})
     assert found.factors([gate, up]) == ()
 
 
 def test_a_linear_that_sees_some_tokens_or_some_twice_has_no_energy() -> None:
-    ones = torch.ones(2, 3, 4)
-    found = [("all", ones), ("some", ones[:1]), ("twice", ones), ("twice", 2 * ones)]
-    energies = gradients.energies_of(found, 6)
+    ones = torch.ones(6)
+    seen = [("all", 4 * ones), ("some", ones[:3]), ("twice", ones), ("twice", 2 * ones)]
+    energies = gradients.energies_of(seen, 6)
     assert {name: of_tokens.tolist() for name, of_tokens in energies.items()} == {"all": [4.0] * 6}
 
 
@@ -402,6 +364,32 @@ def test_only_a_complete_pass_is_not_repeated(
     assert digest(tmp_path / "out") == aware.tree
 
 
+def ends_step(event: Event) -> bool:
+    """Return whether the last piece of the text has passed a block."""
+    return isinstance(event, BlocksDone) and event.done == int(event.done)
+
+
+@pytest.mark.parametrize("n_steps", range(1, 5))
+def test_a_pass_that_was_killed_resumes_at_the_next_step(
+    n_steps: int, aware: LossAware, tmp_path: Path
+) -> None:
+    passed = 0
+
+    def stop(event: Event) -> None:
+        nonlocal passed
+        passed += ends_step(event)
+        if passed > n_steps:  # the step itself ends after the report
+            raise Killed
+
+    with pytest.raises(Killed):
+        aware.run(tmp_path / "out", report=stop)
+    events: list[Event] = []
+    aware.run(tmp_path / "out", report=events.append)
+    assert PhaseStarted("resume", f"{n_steps} of 5 steps of the gradients") in events
+    assert sum(map(ends_step, events)) == 5 - n_steps
+    assert digest(tmp_path / "out") == aware.tree
+
+
 def test_a_run_that_ends_after_the_pass_says_how_to_resume(
     aware: LossAware, tmp_path: Path
 ) -> None:
@@ -438,12 +426,12 @@ def remove(work: Path) -> None:
     (work / "gradients" / "sums-0").unlink()
 
 
-def damage_seal(work: Path) -> None:
-    path = work / "gradients" / SEAL
-    path.write_bytes(path.read_bytes().replace(b"seed", b"deed"))
+def damage_journal(work: Path) -> None:
+    path = work / "gradients" / JOURNAL
+    path.write_bytes(path.read_bytes().replace(b"needless", b"useless", 1))
 
 
-@pytest.mark.parametrize("change", [damage, remove, damage_seal])
+@pytest.mark.parametrize("change", [damage, remove, damage_journal])
 def test_a_damaged_sum_is_reported_and_summed_anew(
     change: Callable[[Path], None], aware: LossAware, tmp_path: Path
 ) -> None:
@@ -453,7 +441,7 @@ def test_a_damaged_sum_is_reported_and_summed_anew(
     events: list[Event] = []
     aware.run(tmp_path / "out", report=events.append)
     (warned,) = messages(events, "W_RESUME_DAMAGED")
-    assert "the gradients in" in warned
+    assert warned.startswith(f"gradients in `{tmp_path / WORK / 'gradients'}`: ")
     assert phases(events).count("gradients") == 2
     assert digest(tmp_path / "out") == aware.tree
 
@@ -481,6 +469,6 @@ def test_each_piece_is_reported_in_each_block_forward_and_in_head_and_blocks_bac
 
 
 def test_the_pass_ends_when_the_time_is_over(aware: LossAware, tmp_path: Path) -> None:
-    with pytest.raises(PausedError, match="the pass for gradients, which will start over"):
+    with pytest.raises(PausedError, match="the next block would not finish"):
         aware.run(tmp_path / "out", max_seconds=1e-6)
     assert not (tmp_path / WORK).exists()

@@ -1,4 +1,6 @@
-"""Measure the harm of each unit: what it does to the predictions if it alone is rounded.
+"""Measure the harm of each unit with copies: what it does to predictions if it alone is rounded.
+
+This is for models whose gradient cannot be computed block by block (see `first_order.py`).
 
 The unquantized model runs block by block. In its block, a unit is rounded at one width, the
 reference, with the Hessian of the unquantized inputs, and a few windows of text, the probe, run
@@ -15,7 +17,7 @@ the memory does not grow with the depth.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Collection, Iterator, MutableMapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -26,31 +28,27 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from gptq_cli.allocation.harms import Measurement
+from gptq_cli.allocation.rounding import (
+    Gathered,
+    put_weights,
+    replaced,
+    round_layers,
+    rounded_head,
+    run_batches,
+    weights_of,
+)
 from gptq_cli.allocation.saved import MeasuredBlocks
 from gptq_cli.allocation.units import Unit
 from gptq_cli.calibration.windows import Windows
 from gptq_cli.events import BlockStarted, Report, ignore
 from gptq_cli.models.block_calls import Container, State
-from gptq_cli.models.paused_forwards import Hook, Stage, given, hooked
-from gptq_cli.models.skeleton import place
 from gptq_cli.models.stream import LoadedBlock
 from gptq_cli.planning.run_plan import HEAD
-from gptq_cli.quantization.block_loop import (
-    Forwards,
-    block_forwards,
-    gather_inputs,
-    head_forwards,
-    nothing_seen,
-)
-from gptq_cli.quantization.layers import Inputs, LayerSolver
-from gptq_cli.quantization.routed_experts import RoutedInputs, quantize_experts
+from gptq_cli.quantization.block_loop import Forwards, block_forwards
+from gptq_cli.quantization.layers import LayerSolver
 from gptq_cli.quantization.run_state import Limits, Run
 from gptq_cli.runtime.memory import block_finished
 from gptq_cli.runtime.open_model import HiddenStates
-from gptq_cli.solver.hessian import HessianAccumulator, HessianOfBatches
-
-Weights = dict[str, Tensor]
-Gathered = dict[Stage, HessianAccumulator | RoutedInputs]
 
 LEAST_TOKENS, MOST_TOKENS = 96, 4096  # of the probe
 LEAST_WINDOWS, LONGEST_WINDOW = 2, 256
@@ -96,8 +94,8 @@ class Wanted:
         return float(of_tokens[self.predicted].sum())
 
 
-class Measuring:
-    """A measurement from the first block to the last.
+class Copying:
+    """A measurement with copies, from the first block to the last.
 
     `run` has the plan in which every layer is rounded as for the measurement, and the calibration
     batches, for which linears compute in `dtype`. `probe` is text beside them, of which zeros
@@ -119,7 +117,7 @@ class Measuring:
         self.stream, self.ranks = run.stream, run.ranks
         self.limits = limits or Limits(run.config)
         self.solver = LayerSolver(run)
-        self.found = Measurement()
+        self.found = Measurement(tokens=probe.tokens)
         self.copies: dict[int, Copy] = {}  # by the number of the unit
         self._batch = 0  # the number of the probe in the stream
 
@@ -153,7 +151,8 @@ class Measuring:
 
     def _measure_block(self, block: LoadedBlock, forwards: Forwards, hidden: HiddenStates) -> None:
         """Carry everything through `block`, and add the copies of its units."""
-        gathered = self._finish(forwards, hidden)
+        with self._in_dtype(forwards.linears.values()):
+            gathered = run_batches(forwards, hidden, self.run)
         for number, copy in self.copies.items():
             self.copies[number] = self._pass(block, copy)
         before, self.clean = self.clean, self._pass(block, self.clean)
@@ -163,33 +162,6 @@ class Measuring:
                 if self._is_mine(number) and set(unit.layers) <= forwards.linears.keys():
                     with only(unit.layers):
                         self.copies[number] = self._pass(block, before)
-
-    def _finish(self, forwards: Forwards, hidden: HiddenStates) -> Gathered:
-        """Run the calibration batches through a block; return what each stage sees over all."""
-        (passage,) = forwards.passages
-        stages = forwards.stages[0]
-        sums: dict[Stage, Any] = {}
-        for stage in stages:
-            sums[stage] = nothing_seen(stage, forwards, self.run)
-
-        def noting(stage: Stage, batch: int) -> Hook:
-            def note(module: nn.Module, args: tuple[Any, ...], _: dict[str, Any]) -> None:
-                inputs = given(module, args)
-                if isinstance(sums[stage], RoutedInputs):  # it keeps them until all were seen
-                    inputs = inputs.clone()
-                sums[stage].add(batch, inputs)
-
-            return note
-
-        for batch, forward in enumerate(passage.forwards):
-            number = passage.first_batch + batch
-            hooks = []
-            for stage in stages:
-                hooks.append((passage.called[stage.names[0]], noting(stage, number)))
-            with hooked(hooks), self._in_dtype(forwards.linears.values()):
-                output = forward()
-            hidden[batch] = output
-        return self._summed(sums)
 
     @contextmanager
     def _in_dtype(self, linears: Collection[nn.Module]) -> Iterator[None]:
@@ -204,15 +176,6 @@ class Measuring:
             for linear in linears:
                 del linear.forward
 
-    def _summed(self, sums: Mapping[Stage, HessianOfBatches | RoutedInputs]) -> Gathered:
-        gathered: Gathered = {}
-        for stage, inputs in sums.items():
-            if isinstance(inputs, RoutedInputs):
-                gathered[stage] = inputs
-            else:
-                gathered[stage] = self.ranks.sum_hessians(inputs, len(self.run.batches))
-        return gathered
-
     @contextmanager
     def _rounded(
         self, forwards: Forwards, gathered: Gathered
@@ -222,28 +185,22 @@ class Measuring:
         The body gets a function whose context rounds only some layers.
         """
         linears = forwards.linears
-        before = _weights(linears)
-        for stage, inputs in gathered.items():
-            if isinstance(inputs, RoutedInputs):
-                quantize_experts(inputs, linears, self.solver)
-                continue
-            layers = [self.run.layers[name] for name in stage.names]
-            for solved in self.solver.solve([layers], Inputs.of(inputs), self.ranks):
-                self.solver.put_back(solved, linears)
-        rounded = _weights(linears)
+        before = weights_of(linears)
+        round_layers(gathered, linears, self.solver)
+        rounded = weights_of(linears)
 
         @contextmanager
         def only(names: Sequence[str]) -> Iterator[None]:
-            _place(linears, before | {name: rounded[name] for name in names})
+            put_weights(linears, before | {name: rounded[name] for name in names})
             try:
                 yield
             finally:
-                _place(linears, rounded)
+                put_weights(linears, rounded)
 
         try:
             yield only
         finally:
-            _place(linears, before)
+            put_weights(linears, before)
 
     def _pass(self, block: LoadedBlock, copy: Copy) -> Copy:
         """Return `copy` after `block`."""
@@ -260,28 +217,17 @@ class Measuring:
 
     def _compare(self, hidden: HiddenStates) -> None:
         """Note the KL of every copy, and of the head if it is a unit."""
-        head = self._round_head(hidden)
+        head = rounded_head(hidden, self.solver)
         with self.stream.head() as logits:
             for rows in self._windows_together():
                 predict = partial(self._predict, logits, rows)
                 wanted = Wanted.of(predict(self.clean), self._predicted[rows])
                 for number, copy in self.copies.items():
                     self._add_kl(self.units[number].name, wanted, predict(copy))
-                with _replaced(self.stream.output_linear, head):
+                with replaced(self.stream.output_linear, head):
                     self.found.uniform += self._share(wanted, predict(self.uniform))
                     if head is not None:
                         self._add_kl(HEAD, wanted, predict(self.clean))
-
-    def _round_head(self, hidden: HiddenStates) -> Tensor | None:
-        """Return the rounded weight of the head; None if the head is not a unit."""
-        if HEAD not in self.run.layers:
-            return None
-        with head_forwards([hidden], self.run) as forwards:
-            sums = gather_inputs(forwards.stages[0], forwards, self.run)
-        (inputs,) = self._summed(sums).values()
-        assert isinstance(inputs, HessianAccumulator)
-        (solved,) = self.solver.solve([[self.run.layers[HEAD]]], Inputs.of(inputs), self.ranks)
-        return solved.quantized.dequantize(self.stream.dtype)
 
     def _windows_together(self) -> Iterator[slice]:
         """Yield the windows whose logits are in memory together: one, or a few short ones."""
@@ -373,27 +319,6 @@ def _with(
             return forward(inputs).to(inputs.dtype)
 
     return cast
-
-
-@contextmanager
-def _replaced(linear: nn.Module, weight: Tensor | None) -> Iterator[None]:
-    """Give `linear` another weight in the body; None leaves it as it is."""
-    before = linear.get_parameter("weight")
-    if weight is not None:
-        place(linear, "weight", weight)
-    try:
-        yield
-    finally:
-        place(linear, "weight", before)
-
-
-def _weights(linears: Mapping[str, nn.Module]) -> Weights:
-    return {name: linear.get_parameter("weight") for name, linear in linears.items()}
-
-
-def _place(linears: Mapping[str, nn.Module], weights: Weights) -> None:
-    for name, weight in weights.items():
-        place(linears[name], "weight", weight)
 
 
 def _moved(state: Any, device: torch.device) -> Any:
