@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +45,7 @@ from gptq_cli.planning.estimate import (
     gradient_tokens,
     total,
 )
+from gptq_cli.planning.measuring import measuring_disk, measuring_seconds
 from gptq_cli.planning.plan import plan_checkpoint, with_group_size
 from gptq_cli.planning.run_plan import (
     HEAD,
@@ -251,8 +252,9 @@ def preview_run(
     plan = plan_checkpoint(checkpoint, config)
     seconds = None
     if with_time:
-        seconds = _measured_seconds(plan, bounded(config, checkpoint), devices, report)
-    disk = estimate_disk(plan, config, output)
+        bound = bounded(config, checkpoint)
+        seconds = _measured_seconds(plan, bound, devices, report, allocates=named.allocates)
+    disk = _disk(plan, config, output, allocates=named.allocates)
     download = None
     if not source.is_complete:
         download = estimate_download(plan, disk)
@@ -278,6 +280,14 @@ def preview_run(
     )
     _warn(result, config, report)
     return result
+
+
+def _disk(plan: RunPlan, config: QuantizeConfig, output: Path, *, allocates: bool) -> Disk:
+    """Return the bytes on the disk, with those of the measurement if the run allocates bits."""
+    disk = estimate_disk(plan, config, output)
+    if allocates:
+        return replace(disk, measuring=measuring_disk(plan, config))
+    return disk
 
 
 def _choices(
@@ -393,11 +403,12 @@ def _notes_on_stacks(plan: RunPlan) -> list[str]:
 
 
 def _measured_seconds(
-    plan: RunPlan, config: QuantizeConfig, devices: int, report: Report
+    plan: RunPlan, config: QuantizeConfig, devices: int, report: Report, *, allocates: bool
 ) -> Seconds:
     """Measure the device of the run and estimate the time of the run.
 
-    Report W_SLOW_DTYPE as the run would. Raise ConfigError E_CFG_CONFLICT for several devices.
+    If it allocates bits, this includes the measurement before it. Report W_SLOW_DTYPE as the run
+    would. Raise ConfigError E_CFG_CONFLICT for several devices.
     """
     from gptq_cli.runtime.device import report_slow_dtype, resolve_device
     from gptq_cli.runtime.open_model import DTYPES
@@ -412,7 +423,10 @@ def _measured_seconds(
     device = resolve_device(config.device)
     report_slow_dtype(device, config.dtype, plan.source, config.nsamples * config.seqlen, report)
     rates = measure_rates(device, dtype, widest.in_features, widest.config, widest.weight.file)
-    return estimate_time(plan, config, rates)
+    seconds = estimate_time(plan, config, rates)
+    if allocates:
+        return seconds.plus(measuring_seconds(plan, config, rates))
+    return seconds
 
 
 # ---------------------------------------------------------------- calibration text

@@ -33,7 +33,7 @@ from gptq_cli.allocation.rounding import (
 from gptq_cli.allocation.units import Unit
 from gptq_cli.events import Report
 from gptq_cli.models.block_calls import State
-from gptq_cli.models.stream import Batch, LoadedBlock, token_ids
+from gptq_cli.models.stream import Batch, LoadedBlock
 from gptq_cli.planning.run_plan import HEAD, LayerPlan
 from gptq_cli.quantization.block_loop import block_forwards
 from gptq_cli.quantization.layers import LayerSolver
@@ -83,14 +83,6 @@ class HarmPass(ReversePass):
         for unit in self._units:
             harms[unit.name] = math.fsum(of_linears[name] for name in unit.layers)
         return Measurement(dict(sorted(harms.items())), math.fsum(harms.values()), self.tokens)
-
-    @property
-    def disk_bytes(self) -> int:
-        """The bytes of what the pass keeps when it turns round: states, and codes of all layers."""
-        in_calibration = sum(token_ids(batch).numel() for batch in self.run.batches)
-        states = (self.n_blocks + 1) * self.tokens + 2 * in_calibration
-        codes = sum(layer.n_weights for layer in self.run.layers.values())
-        return states * self.stream.hidden_size * self.stream.dtype.itemsize + codes
 
     # ------------------------------------------------------------ forward
 

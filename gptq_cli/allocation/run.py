@@ -46,7 +46,12 @@ from gptq_cli.errors import InputError, counted
 from gptq_cli.events import PhaseStarted, Report, Resumed, Warned, WorkKept, ignore
 from gptq_cli.models.stream import ModelStream
 from gptq_cli.planning.checks import PreparedRun, check_disk
-from gptq_cli.planning.estimate import GRADIENT_TOKENS
+from gptq_cli.planning.measuring import (
+    QUICK,
+    calibration_windows,
+    measuring_disk,
+    probe_windows,
+)
 from gptq_cli.planning.plan import plan_checkpoint, refine_plan
 from gptq_cli.planning.run_plan import RunPlan, judge_plan
 from gptq_cli.quantization.resume import Identity
@@ -67,15 +72,6 @@ from gptq_cli.storage.manifest import ALLOCATION, Journal, digest
 from gptq_cli.storage.work_directory import WorkDirectory, read_run, working_on, write_run
 
 REVISION = 6  # counted up if the same model gets another measurement
-SHARE = 4  # the measurement takes a quarter of the windows, but not fewer tokens than these:
-LEAST_TOKENS, LEAST_PROBE = 8192, 4096  # of calibration, and of the probe for gradients
-# Rounding for the measurement: quick, but with the order and the signs of the run itself
-QUICK: dict[str, Any] = {
-    "scale_search": "none",
-    "refine_sweeps": 0,
-    "asymmetric_calibration": 0.0,
-    "loss_aware": False,
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -360,14 +356,9 @@ def _refuse_unreachable(
 
 
 def _calibration(prepared: PreparedRun, worker: Worker, report: Report) -> Calibration:
-    """Return the calibration windows of the measurement.
-
-    A part of the windows of the run is enough for rounding. They make as many batches, so that as
-    many processes can share them.
-    """
+    """Return the calibration windows of the measurement."""
     config = prepared.config
-    n_windows = min(config.nsamples, max(_a_part(config, LEAST_TOKENS), _n_batches(config)))
-    fewer = config.model_copy(update={"nsamples": n_windows})
+    fewer = config.model_copy(update={"nsamples": calibration_windows(config)})
     calibration = calibrate(prepared.plan.source, fewer, report, worker.team)
     if calibration.windows.images:
         raise InputError(
@@ -453,17 +444,15 @@ class Measuring:
 
     def _with_gradients(self, stream: ModelStream) -> Measurement:
         config = self.prepared.config
-        most = max(1, GRADIENT_TOKENS // config.seqlen)
-        n_windows = min(config.nsamples, _a_part(config, LEAST_PROBE), most)
+        n_windows = probe_windows(config)
         probe = self._probe(n_windows, config.seqlen)
         limits = Limits(config, self.prepared.options.max_seconds)
         run = self._run(stream, limits)
         pieces = pieces_of(cast(Sequence[Tensor], probe.batches(n_windows)))
         with self._store() as store:
-            harms = HarmPass(run, self.units, pieces, store, self.report)
             if self.work is not None:
-                check_disk(self.work, 0, harms.disk_bytes)
-            return harms.measure()
+                check_disk(self.work, 0, measuring_disk(self.plan, config))
+            return HarmPass(run, self.units, pieces, store, self.report).measure()
 
     @contextmanager
     def _store(self) -> Iterator[PassStore | None]:
@@ -529,11 +518,6 @@ def _reporting_kept_work(work: WorkDirectory | None, report: Report) -> Iterator
         if work is not None and begun and read_run(work.path) is not None:
             report(WorkKept(work.path, blocks=False))
         raise
-
-
-def _a_part(config: QuantizeConfig, least_tokens: int) -> int:
-    """Return the number of windows that are a part of those of the run, but have enough tokens."""
-    return max(-(-least_tokens // config.seqlen), -(-config.nsamples // SHARE))
 
 
 def _n_batches(config: QuantizeConfig) -> int:

@@ -155,6 +155,8 @@ def _disk_lines(disk: Disk) -> list[str]:
     parts = f"output {size(disk.output)}, saved hidden states {size(disk.states)}"
     if disk.gradients:
         parts += f", gradients {size(disk.gradients)}"
+    if disk.measuring:
+        parts += f", before that the measurement {size(disk.measuring)}"
     lines = [f"disk    {size(disk.needed)} while it runs", f"          {parts}"]
     if disk.free is not None:
         lines[0] += f", {size(disk.free)} free"

@@ -118,18 +118,20 @@ class Estimate:
 class Disk:
     """Bytes of the output, the saved hidden states and gradients, and bytes that are free.
 
-    `free` is None if no part of the path exists.
+    `free` is None if no part of the path exists. `measuring` are those of the measurement before an
+    allocation of bits, which are gone before the output is written.
     """
 
     output: int
     states: int
     free: int | None
     gradients: int = 0
+    measuring: int = 0
 
     @property
     def needed(self) -> int:
         """The most bytes that the run holds at once, without a download."""
-        return self.output + self.states + self.gradients
+        return max(self.output + self.states + self.gradients, self.measuring)
 
     @property
     def fits(self) -> bool:

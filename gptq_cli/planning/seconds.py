@@ -152,7 +152,7 @@ class Calibration:
 
 def estimate_time(plan: RunPlan, config: QuantizeConfig, rates: Rates) -> Seconds:
     """Estimate how long the run takes on one device with these rates."""
-    text = _calibration(plan, config)
+    text = calibration_of(plan, config)
     seconds = estimate_seconds(plan.layers, text, 1, plan.source.nbytes, rates)
     if plan.loss_aware:
         seconds = seconds.plus(gradient_seconds(plan, config, rates))
@@ -161,7 +161,8 @@ def estimate_time(plan: RunPlan, config: QuantizeConfig, rates: Rates) -> Second
     return seconds.plus(Seconds(beside=beside_seconds(plan, rates), saving=saving, fixed=fixed))
 
 
-def _calibration(plan: RunPlan, config: QuantizeConfig) -> Calibration:
+def calibration_of(plan: RunPlan, config: QuantizeConfig) -> Calibration:
+    """Return the calibration text of a run."""
     seqlen, hidden = bounded(config, plan.source).seqlen, hidden_size(plan)
     declared = plan.source.text_config
     experts_per_token = declared.get("num_experts_per_tok") or declared.get("top_k")
@@ -253,7 +254,7 @@ def gradient_seconds(plan: RunPlan, config: QuantizeConfig, rates: Rates) -> Sec
     tokens = gradient_tokens(plan, config)
     whole = estimate_seconds(
         [replace(layer, config=None) for layer in plan.layers],
-        replace(_calibration(plan, config), tokens=tokens),
+        replace(calibration_of(plan, config), tokens=tokens),
         1,
         2 * plan.source.nbytes,
         rates,

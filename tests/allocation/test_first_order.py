@@ -14,6 +14,7 @@ from torch import Tensor
 from gptq_cli.allocation.harms import Measurement
 from gptq_cli.allocation.saved import read_measurement
 from gptq_cli.events import Event, PhaseStarted, Warned
+from gptq_cli.preview import preview_run
 from gptq_cli.quantization import reverse_pass
 from gptq_cli.storage.manifest import sealed
 from tests.allocation.measuring import SIZES, ends_step, figures, goal, measure, rounded
@@ -88,7 +89,7 @@ def test_the_harm_of_the_head_is_its_kl(qwen3: Path, tmp_path: Path) -> None:
 def test_the_probe_is_as_long_as_the_calibration_and_no_longer_than_a_pass(
     qwen3: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("gptq_cli.allocation.run.GRADIENT_TOKENS", 3 * 64)
+    monkeypatch.setattr("gptq_cli.planning.measuring.GRADIENT_TOKENS", 3 * 64)
     events: list[Event] = []
     measured = measure(qwen3, goal(), tmp_path / "a.yaml", events.append)
     assert measured.probe_tokens == 3 * 64
@@ -154,6 +155,17 @@ def kill_after(n_steps: int, events: list[Event]) -> Any:
             raise Killed
 
     return stop
+
+
+def test_the_plan_knows_what_a_measurement_keeps(qwen3: Path, tmp_path: Path) -> None:
+    wanted = goal(bits=2.5)
+    with pytest.raises(Killed):
+        measure(qwen3, wanted, tmp_path / "a.yaml", kill_after(3, []))  # where it turns round
+    files = (tmp_path / ".a.yaml.gptq-work" / "harms").iterdir()
+    nbytes = sum(path.stat().st_size for path in files)
+    disk = preview_run(str(qwen3), wanted).disk
+    assert disk.measuring == pytest.approx(nbytes, rel=0.3)  # tiny tensors have long headers
+    assert disk.needed == max(disk.measuring, disk.output + disk.states)
 
 
 @pytest.mark.parametrize(("family", "head"), [("qwen3", True), ("gemma3_text", False)])

@@ -31,6 +31,13 @@ from gptq_cli.planning.estimate import (
     solve_cost,
     total,
 )
+from gptq_cli.planning.measuring import (
+    QUICK,
+    calibration_windows,
+    measuring_disk,
+    measuring_seconds,
+    probe_windows,
+)
 from gptq_cli.planning.plan import plan_run
 from gptq_cli.planning.run_plan import LayerPlan
 from gptq_cli.planning.seconds import (
@@ -357,6 +364,30 @@ def test_the_pass_for_gradients_writes_and_hashes_what_it_keeps(tmp_path: Path) 
     assert passing.saving == kept / 2 + 4 * kept / 8
     states = estimate_time(plan, settings, rates).saving - passing.saving
     assert states == saving_seconds(plan, settings, rates, math.inf) == 3 * 4 * tokens * 64 / 2
+
+
+def test_a_measurement_takes_a_quarter_of_the_text_and_no_less_than_some_tokens() -> None:
+    few = config(nsamples=128, seqlen=64, batch_size=8)
+    assert (calibration_windows(few), probe_windows(few)) == (128, 64)
+    many = config(nsamples=4096, seqlen=64, batch_size=8)
+    assert (calibration_windows(many), probe_windows(many)) == (1024, 256)
+    alone = config(nsamples=400, seqlen=64, batch_size=1)  # a process may have each batch
+    assert (calibration_windows(alone), probe_windows(alone)) == (400, 100)
+
+
+def test_the_time_of_a_measurement_is_counted(tmp_path: Path) -> None:
+    settings = config(nsamples=256, seqlen=64, batch_size=8)
+    plan = plan_run(save_model(tmp_path / "model", intermediate_size=192), settings)
+    weights = sum(layer.n_weights for layer in plan.quantized)
+    found = measuring_seconds(plan, settings, replace(ONE, writes=math.inf, hashes=math.inf))
+    rounding = estimate_time(plan, config(**QUICK, nsamples=128, seqlen=64), ONE)
+    head = 512 * 64
+    assert found.forward == rounding.forward + 4 * 4096 * weights + 2 * 4096 * head
+    assert found.hessian == rounding.hessian
+    assert found.saving == 0
+    kept = measuring_disk(plan, settings)
+    saving = measuring_seconds(plan, settings, replace(ONE, writes=2.0, hashes=8.0, hash_threads=4))
+    assert saving.saving == kept / 2 + 4 * kept / 8
 
 
 def test_the_cost_model_takes_half_the_operations_of_an_h100() -> None:
