@@ -8,18 +8,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any, cast
+from typing import Any
 
 import torch
-from torch import Tensor
 
-from gptq_cli.allocation.copies import Copying, probe_shape
-from gptq_cli.allocation.first_order import HarmPass
 from gptq_cli.allocation.goals import (
     NO_GOAL,
     about_units,
@@ -28,9 +24,9 @@ from gptq_cli.allocation.goals import (
     fusing_engines,
 )
 from gptq_cli.allocation.harms import Harms, Measurement, harms_of, reference_width
+from gptq_cli.allocation.measure import Measuring, calibrated, open_model
 from gptq_cli.allocation.rules import with_widths
 from gptq_cli.allocation.saved import (
-    MeasuredBlocks,
     note_choice,
     read_measurement,
     remove_state,
@@ -38,26 +34,16 @@ from gptq_cli.allocation.saved import (
 )
 from gptq_cli.allocation.solution import Allocation, Allocator, unmeasured
 from gptq_cli.allocation.units import Unit, find_units
-from gptq_cli.calibration.windows import Windows, check_token_ids
-from gptq_cli.checkpoint.decoded import forward_dtype
+from gptq_cli.calibration.windows import check_token_ids
 from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.config.serving import LOADS, Verdict
-from gptq_cli.errors import InputError, counted
-from gptq_cli.events import PhaseStarted, Report, Resumed, Warned, WorkKept, ignore
+from gptq_cli.events import PhaseStarted, Report, Warned, WorkKept, ignore
 from gptq_cli.models.stream import ModelStream
-from gptq_cli.planning.checks import PreparedRun, check_disk
-from gptq_cli.planning.measuring import (
-    QUICK,
-    calibration_windows,
-    measuring_disk,
-    probe_windows,
-)
+from gptq_cli.planning.checks import PreparedRun
 from gptq_cli.planning.plan import plan_checkpoint, refine_plan
 from gptq_cli.planning.run_plan import RunPlan, judge_plan
 from gptq_cli.quantization.resume import Identity
-from gptq_cli.quantization.reverse_pass import NoGradientError, PassStore, pieces_of
-from gptq_cli.quantization.run import Calibration, calibrate, how_read, identify_run, request_of
-from gptq_cli.quantization.run_state import Limits, Record, Run, SavingTimes
+from gptq_cli.quantization.run import Calibration, how_read, identify_run, request_of
 from gptq_cli.runtime.device import (
     Worker,
     report_device,
@@ -65,10 +51,8 @@ from gptq_cli.runtime.device import (
     settle_kernels,
     with_kernels,
 )
-from gptq_cli.runtime.memory import Memory, device_errors
-from gptq_cli.runtime.open_model import DTYPES, open_stream
-from gptq_cli.storage.durable import remove
-from gptq_cli.storage.manifest import ALLOCATION, Journal, digest
+from gptq_cli.runtime.memory import device_errors
+from gptq_cli.storage.manifest import ALLOCATION
 from gptq_cli.storage.work_directory import WorkDirectory, read_run, working_on, write_run
 
 REVISION = 6  # counted up if the same model gets another measurement
@@ -199,13 +183,13 @@ def measure_model(
             report_slow_dtype(worker.device, goal.dtype, prepared.plan.source, tokens, report)
             for code, text in prepared.warnings:
                 report(Warned(code, text))
-        stream = _open(prepared, worker, prepared.config.dtype)
+        stream = open_model(prepared, worker, prepared.config.dtype)
         plan_of = partial(_plan, prepared, stream)
         plans = {width: plan_of(at_width(prepared.config, width)) for width in widths}
         fusing = fusing_engines(goal)
         units = find_units(plans, goal.protect, fused=bool(fusing))
         _refuse_unreachable(units, goal, prepared.config, plan_of)
-        calibration = _calibration(prepared, worker, report)
+        calibration = calibrated(prepared, worker, report)
         check_token_ids(calibration.windows.ids, stream.vocabulary_rows)
         reference = reference_width(widths)
         identity = _identify(prepared, calibration, reference, fusing, worker, report)
@@ -324,18 +308,6 @@ def _work_directory(
         yield work
 
 
-def _open(prepared: PreparedRun, worker: Worker, dtype: str) -> ModelStream:
-    config = prepared.config
-    host = Memory(torch.device("cpu"), None, config.max_ram_bytes, worker.team.local_world_size)
-    return open_stream(
-        prepared.plan.source,
-        device=worker.device,
-        dtype=dtype,
-        trust_remote_code=config.trust_remote_code,
-        host=host,
-    )
-
-
 def _plan(prepared: PreparedRun, stream: ModelStream, config: QuantizeConfig) -> RunPlan:
     plan = plan_checkpoint(prepared.plan.source, config)
     return refine_plan(plan, config, stream.all_linears(), stream.stacked_linears(), stream.unused)
@@ -353,28 +325,6 @@ def _refuse_unreachable(
         return plan_of(with_widths(base, units, chosen)).layout.nbytes
 
     unmeasured(units, goal, size_of)
-
-
-def _calibration(prepared: PreparedRun, worker: Worker, report: Report) -> Calibration:
-    """Return the calibration windows of the measurement."""
-    config = prepared.config
-    fewer = config.model_copy(update={"nsamples": calibration_windows(config)})
-    calibration = calibrate(prepared.plan.source, fewer, report, worker.team)
-    if calibration.windows.images:
-        raise InputError(
-            "E_DATA_IMAGE",
-            "widths are measured on text, but the dataset holds images",
-            hint="allocate on text, then quantize with that file: --config FILE --dataset IMAGES",
-        )
-    return calibration
-
-
-def _batches(windows: Windows, n_batches: int) -> Sequence[Tensor]:
-    """Return `n_batches` of windows, or more if windows have lengths of their own: no padding."""
-    if windows.lengths is None:
-        return torch.tensor_split(windows.ids.cpu(), n_batches)
-    batches = windows.batches(max(1, len(windows.lengths) // n_batches))
-    return cast(tuple[Tensor, ...], batches)  # of text
 
 
 def _identify(
@@ -405,109 +355,6 @@ def _note_begun(
     write_run(work.path, identity, request_of(replace(prepared, config=config), work.output))
 
 
-@dataclass(frozen=True, slots=True)
-class Measuring:
-    """A measurement that has not ended; `plan` is that of the reference width.
-
-    What is finished of it is in `work`; processes without one write nothing.
-    """
-
-    prepared: PreparedRun
-    plan: RunPlan
-    units: Sequence[Unit]
-    calibration: Calibration
-    worker: Worker
-    report: Report
-    work: WorkDirectory | None
-    identity: Identity
-
-    def carry_out(self, stream: ModelStream) -> Measurement:
-        """Measure with gradients; if the model allows none, with copies of the probe."""
-        begun = None
-        if self.worker.team.is_leader:
-            begun = self._has_begun_copies()
-        if not self.worker.team.broadcast(begun):
-            try:
-                return self._with_gradients(stream)
-            except NoGradientError as error:
-                self.report(PhaseStarted("probe", f"copies for each unit, because {error}"))
-                if self.work is not None:
-                    remove(self.work.harms)
-        return self._with_copies()
-
-    def _has_begun_copies(self) -> bool:
-        """Return whether an earlier call has found that the model allows no gradients."""
-        if self.work is None:
-            return False
-        journal = Journal(self.work.allocation_journal, digest(self.identity))
-        return bool(journal.entries)
-
-    def _with_gradients(self, stream: ModelStream) -> Measurement:
-        config = self.prepared.config
-        n_windows = probe_windows(config)
-        probe = self._probe(n_windows, config.seqlen)
-        limits = Limits(config, self.prepared.options.max_seconds)
-        run = self._run(stream, limits)
-        pieces = pieces_of(cast(Sequence[Tensor], probe.batches(n_windows)))
-        with self._store() as store:
-            if self.work is not None:
-                check_disk(self.work, 0, measuring_disk(self.plan, config))
-            return HarmPass(run, self.units, pieces, store, self.report).measure()
-
-    @contextmanager
-    def _store(self) -> Iterator[PassStore | None]:
-        """Yield the files of the pass; without a work directory they are temporary."""
-        with ExitStack() as stack:
-            if not self.worker.team.is_leader:
-                yield None
-                return
-            if self.work is not None:
-                directory = self.work.harms
-            else:
-                directory = Path(stack.enter_context(TemporaryDirectory(prefix="gptq-"))) / "pass"
-            store = PassStore(directory, digest(self.identity), self.report)
-            stack.callback(store.close)
-            yield store
-
-    def _with_copies(self) -> Measurement:
-        config = self.prepared.config
-        # In 16 bits, any change at all changes the last bits of everything behind it; the KL of
-        # that is as large as the harm of a unit at 4 bits.
-        dtype: str = config.dtype
-        if dtype == "auto":
-            dtype = "float32"
-        stream = _open(self.prepared, self.worker, dtype)
-        n_tokens, seqlen = config.nsamples * config.seqlen, config.seqlen
-        probe = self._probe(*probe_shape(n_tokens, len(self.units), seqlen))
-        run = self._run(stream, Limits(config))
-        limits = Limits(config, self.prepared.options.max_seconds)
-        calibrated_in = DTYPES[forward_dtype(self.prepared.plan.source, config.dtype)]
-        copying = Copying(run, self.units, probe, calibrated_in, self.report, limits)
-        if self.work is None:
-            return copying.carry_out()
-        times = SavingTimes(always=limits.has_end)
-        with MeasuredBlocks(self.work, self.identity, times) as saved:
-            if saved.n_finished:
-                self.report(Resumed(saved.n_finished, stream.n_blocks, self.work.path))
-            return copying.carry_out(saved)
-
-    def _probe(self, n_windows: int, length: int) -> Windows:
-        """Return windows of text beside those of the calibration."""
-        windows, units = counted(n_windows, "window"), counted(len(self.units), "unit")
-        self.report(PhaseStarted("probe", f"{windows} of {length} tokens for {units}"))
-        config = self.prepared.config
-        drawn = {"nsamples": n_windows, "seqlen": length, "seed": config.seed + 1}
-        config = config.model_copy(update=drawn)
-        return calibrate(self.prepared.plan.source, config, ignore, self.worker.team).windows
-
-    def _run(self, stream: ModelStream, limits: Limits) -> Run:
-        """Return the run that rounds every layer quickly, and keeps nothing."""
-        config = self.prepared.config.model_copy(update=QUICK | {"true_sequential": False})
-        batches = _batches(self.calibration.windows, _n_batches(self.prepared.config))
-        plan, team = _quickly(self.plan), self.worker.team
-        return Run(config, plan, stream, team, batches, Record(ignore), limits)
-
-
 @contextmanager
 def _reporting_kept_work(work: WorkDirectory | None, report: Report) -> Iterator[None]:
     """If the body fails, report the work that the next call resumes."""
@@ -518,18 +365,3 @@ def _reporting_kept_work(work: WorkDirectory | None, report: Report) -> Iterator
         if work is not None and begun and read_run(work.path) is not None:
             report(WorkKept(work.path, blocks=False))
         raise
-
-
-def _n_batches(config: QuantizeConfig) -> int:
-    """Return the number of calibration batches of the run."""
-    return -(-config.nsamples // config.batch_size)
-
-
-def _quickly(plan: RunPlan) -> RunPlan:
-    """Return `plan` with the settings of quick rounding for every layer."""
-    layers = []
-    for layer in plan.layers:
-        if layer.config is not None:
-            layer = replace(layer, config=replace(layer.config, **QUICK))
-        layers.append(layer)
-    return replace(plan, layers=tuple(layers))
