@@ -13,11 +13,12 @@ from transformers import PreTrainedModel
 
 from gptq_cli.allocation.goals import starting_config
 from gptq_cli.allocation.harms import REFERENCE
-from gptq_cli.allocation.run import QUICK, MeasuredModel, Place, measure_model
+from gptq_cli.allocation.run import MeasuredModel, Place, measure_model
 from gptq_cli.config.layer import LayerConfig
 from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.events import BlocksDone, Event, Report, ignore
 from gptq_cli.planning.checks import RunOptions, prepare_run
+from gptq_cli.planning.measuring import QUICK
 from gptq_cli.runtime.device import Worker
 from gptq_cli.solver.factor import prepare
 from gptq_cli.solver.hessian import HessianAccumulator
