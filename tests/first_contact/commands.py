@@ -184,7 +184,7 @@ CONTACTS = (
         3,
         ("error[E_REPORT]: `Qwen3-0.6B` holds no gptq_report.json", "hint: gptq quantize writes"),
     ),
-    Contact("gptq resume .", 3, ("holds no unfinished run", "hint: give the hidden directory")),
+    Contact("gptq resume .", 3, ("there is no unfinished run", "hint: give the output of a run")),
     # and what works
     Contact(f"gptq inspect {MODEL}", 0, ("qwen3",)),
     Contact(
