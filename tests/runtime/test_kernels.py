@@ -66,14 +66,13 @@ def failing(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @simulated
 def test_a_run_without_kernels_warns_once_and_writes_the_same_bytes(tmp_path: Path) -> None:
-    model = str(save_model(tmp_path / "model"))
-    quantize_checkpoint(model, tmp_path / "cpu", config())
+    model = str(save_model(tmp_path / "model", num_hidden_layers=2))
+    quantize_checkpoint(model, tmp_path / "cpu", config(preset="gptq"))
     for output in ("first", "second"):  # a later run tries again, and warns again
         events: list[Event] = []
         with simulated_gpu():  # which has no driver that Triton could use
-            quantize_checkpoint(
-                model, tmp_path / output, config(device="cuda"), report=events.append
-            )
+            settings = config(preset="gptq", device="cuda")
+            quantize_checkpoint(model, tmp_path / output, settings, report=events.append)
         (message,) = messages(events, "W_NO_KERNELS")
         assert message.startswith("the solver's kernels cannot run on cuda:0: ")
         assert message.endswith("torch does the same steps, about ten times slower (estimated)")
