@@ -125,7 +125,10 @@ class HarmPass(ReversePass):
         if head is None:
             return {}
         mine = [self._kl_of_head(state, head) for state in self.states]
-        return {HEAD: math.fsum(self.ranks.all_gather(mine)) / self.tokens}
+        total = math.fsum(self.ranks.all_gather(mine))
+        if not math.isfinite(total):
+            raise not_finite(HEAD)
+        return {HEAD: total / self.tokens}
 
     def _kl_of_head(self, state: Tensor, head: Tensor) -> float:
         """Return the sum of the KL over the tokens of a piece if the head has another weight."""

@@ -199,6 +199,8 @@ def measure_model(
         measured = worker.team.broadcast([kept.read(names, report)])[0]
         already_done = measured is not None
         if measured is None:
+            if work is not None and prepared.options.resume == "never":
+                remove_state(work)
             if work is not None and kept.file == work.allocation:
                 _note_begun(prepared, goal, work, identity)
             measuring = Measuring(

@@ -37,11 +37,11 @@ from gptq_cli.planning.estimate import GRADIENT_TOKENS, LOGITS_AT_ONCE, TOKENS_O
 from gptq_cli.quantization.resume import save_tensors
 from gptq_cli.quantization.run_state import Run
 from gptq_cli.runtime.memory import gpu_lost, out_of_memory
-from gptq_cli.storage.durable import make_directory, remove, write_file
-from gptq_cli.storage.manifest import Entry, Journal, file_hash
+from gptq_cli.storage.durable import make_directory, remove, write_json
+from gptq_cli.storage.manifest import Entry, Journal, file_hash, read_sealed, sealed
 from gptq_cli.storage.work_directory import JOURNAL
 
-SEED = "seed"  # the file with the seed of a pass
+SEED = "seed.json"  # the file with the seed of a pass
 Item = TypeVar("Item")
 Logits = Callable[[Tensor, State], Tensor]
 Note = Callable[[str, Tensor, Tensor], None]  # name, inputs, gradient
@@ -74,8 +74,15 @@ class PassStore:
             self._begin(seed)
 
     def _is_of(self, seed: str) -> bool:
+        """Return whether the files are those of this pass; report it if nobody can tell."""
         path = self._directory / SEED
-        return is_file(path) and path.read_text() == seed
+        if not is_file(path):
+            return False
+        found = read_sealed(path)
+        if found is None:
+            self._warn(f"`{SEED}` is not as it was written: the run repeats the pass")
+            return False
+        return bool(found["seed"] == seed)
 
     def _is_intact(self) -> bool:
         """Return whether all files are as they were written; report it if one is not."""
@@ -97,7 +104,7 @@ class PassStore:
         remove(self._directory / JOURNAL)
         remove(self._directory)
         make_directory(self._directory, 0o700)
-        write_file(self._directory / SEED, seed.encode())
+        write_json(self._directory / SEED, sealed({"seed": seed}))
         self._journal, self._hashes = Journal(self._directory / JOURNAL, seed), {}
 
     def _note(self, entry: Entry) -> None:

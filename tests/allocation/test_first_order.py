@@ -188,6 +188,31 @@ def test_a_killed_measurement_resumes_to_the_same_bytes(
     assert not (tmp_path / ".a.yaml.gptq-work").exists()
 
 
+@pytest.mark.parametrize("content", [b"\xff\xfe\x80", b"{}", b""])
+def test_a_damaged_seed_is_reported_and_the_pass_starts_over(
+    content: bytes, qwen3: Path, tmp_path: Path
+) -> None:
+    measure(qwen3, goal(), tmp_path / "whole.yaml")
+    with pytest.raises(Killed):
+        measure(qwen3, goal(), tmp_path / "a.yaml", kill_after(2, []))
+    harms = tmp_path / ".a.yaml.gptq-work" / "harms"
+    (harms / "seed.json").write_bytes(content)
+    events: list[Event] = []
+    measure(qwen3, goal(), tmp_path / "a.yaml", events.append)
+    text = "`seed.json` is not as it was written: the run repeats the pass"
+    assert Warned("W_RESUME_DAMAGED", f"gradients in `{harms}`: {text}") in events
+    assert sum(map(ends_step, events)) == N_STEPS
+    assert figures(tmp_path / "a.yaml") == figures(tmp_path / "whole.yaml")
+
+
+def test_a_measurement_that_shall_never_resume_starts_over(qwen3: Path, tmp_path: Path) -> None:
+    with pytest.raises(Killed):
+        measure(qwen3, goal(), tmp_path / "a.yaml", kill_after(2, []))
+    events: list[Event] = []
+    measure(qwen3, goal(), tmp_path / "a.yaml", events.append, resume="never")
+    assert sum(map(ends_step, events)) == N_STEPS
+
+
 @pytest.fixture(scope="module")
 def finished(qwen3: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Return the content of the file of a finished measurement."""
