@@ -461,10 +461,11 @@ def _first_missing(path: Path) -> Path:
 
 
 def _near_names(path: Path) -> list[str]:
-    """Return names beside `path` that are nearly its own, the nearest first."""
+    """Return names beside `path` that are nearly its own, the nearest first; no hidden ones."""
     names: dict[str, list[str]] = {}  # by their small letters
     for item in path.parent.iterdir():
-        if item.name != path.name:  # which is a link to nothing
+        is_hidden = item.name.startswith(".") and not path.name.startswith(".")
+        if item.name != path.name and not is_hidden:  # the same name is a link to nothing
             names.setdefault(item.name.lower(), []).append(item.name)
     found = []
     for near in get_close_matches(path.name.lower(), names, cutoff=0.7):

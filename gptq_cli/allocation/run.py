@@ -37,7 +37,7 @@ from gptq_cli.allocation.units import Unit, find_units
 from gptq_cli.calibration.windows import check_token_ids
 from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.config.serving import LOADS, Verdict
-from gptq_cli.events import PhaseStarted, Report, Warned, WorkKept, ignore
+from gptq_cli.events import Noted, PhaseStarted, Report, Warned, WorkKept, ignore
 from gptq_cli.models.stream import ModelStream
 from gptq_cli.planning.checks import PreparedRun
 from gptq_cli.planning.plan import plan_checkpoint, refine_plan
@@ -357,6 +357,13 @@ def _note_begun(
     write_run(work.path, identity, request_of(replace(prepared, config=config), work.output))
 
 
+def _kept_work(work: WorkDirectory) -> WorkKept | Noted:
+    """Return what tells of an unfinished measurement: `gptq resume` knows those of runs only."""
+    if read_run(work.path) is not None:
+        return WorkKept(work.path, blocks=False)
+    return Noted(f"finished work is kept in {work.path}: the same command resumes")
+
+
 @contextmanager
 def _reporting_kept_work(work: WorkDirectory | None, report: Report) -> Iterator[None]:
     """If the body fails, report the work that the next call resumes."""
@@ -364,6 +371,6 @@ def _reporting_kept_work(work: WorkDirectory | None, report: Report) -> Iterator
         yield
     except BaseException:
         begun = work is not None and work.holds_work() and not work.journal.exists()
-        if work is not None and begun and read_run(work.path) is not None:
-            report(WorkKept(work.path, blocks=False))
+        if work is not None and begun:
+            report(_kept_work(work))
         raise

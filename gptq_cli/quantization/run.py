@@ -483,6 +483,8 @@ def calibrate(
 ) -> Calibration:
     """Tokenize the calibration text on the leader, which sends the windows to the other ranks."""
     if not ranks.is_leader:
+        import gptq_cli.calibration.images  # noqa: F401  # a process takes classes that it knows
+
         return ranks.broadcast()
     number = counted(config.nsamples, "window")
     report(PhaseStarted("calibration", f"{number} of {config.seqlen} tokens"))

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from gptq_cli.allocation.harms import Measurement
 from gptq_cli.allocation.saved import read_measurement
-from gptq_cli.events import Event, PhaseStarted, Warned
+from gptq_cli.events import Event, Noted, PhaseStarted, Warned
 from gptq_cli.preview import preview_run
 from gptq_cli.quantization import reverse_pass
 from gptq_cli.storage.manifest import sealed
@@ -183,6 +183,8 @@ def test_a_killed_measurement_resumes_to_the_same_bytes(
         with pytest.raises(Killed):
             measure(model, wanted, file, kill_after(0, events))
         assert PhaseStarted("resume", f"{n_steps} of {N_STEPS} steps of the gradients") in events
+        kept = tmp_path / ".a.yaml.gptq-work"
+        assert events[-1] == Noted(f"finished work is kept in {kept}: the same command resumes")
     measure(model, wanted, file)
     assert figures(file) == figures(tmp_path / "whole.yaml")
     assert not (tmp_path / ".a.yaml.gptq-work").exists()

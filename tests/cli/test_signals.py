@@ -81,7 +81,10 @@ def test_a_stopped_run_has_the_exit_code_of_its_signal(
     assert "error[" not in result.stderr
 
 
-@pytest.mark.parametrize("saved", ["journal.jsonl", "allocation.jsonl", "gradients/complete.json"])
+@pytest.mark.parametrize(
+    "saved",
+    ["journal.jsonl", "allocation.jsonl", "gradients/journal.jsonl", "harms/journal.jsonl"],
+)
 def test_a_stopped_run_with_saved_work_does_not_claim_to_have_none(
     saved: str, gptq: Run, quantizer: FakeQuantizer, tmp_path: Path
 ) -> None:

@@ -150,7 +150,7 @@ def _doom(when: str) -> None:
     if when == "unlike":
         torch.set_num_threads(2)
     elif when == "few":
-        gradients.GRADIENT_TOKENS = 1
+        reverse_pass.GRADIENT_TOKENS = 1
     elif when in PLANTS:
         setattr(*PLANTS[when])
 

@@ -12,7 +12,7 @@ import pytest
 from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.errors import ConfigError
 from gptq_cli.planning.estimate import ROWS_OF_A_PART
-from gptq_cli.quantization import gradients
+from gptq_cli.quantization import reverse_pass
 from gptq_cli.quantization.run import quantize_checkpoint
 from gptq_cli.runtime.ranks import Ranks, owners_of
 from tests.disks import Killed
@@ -104,7 +104,7 @@ def test_gradients_of_several_processes_are_those_of_one(
     when: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if when == "few":
-        monkeypatch.setattr(gradients, "GRADIENT_TOKENS", 1)
+        monkeypatch.setattr(reverse_pass, "GRADIENT_TOKENS", 1)
     model = save_model(tmp_path / "model", num_hidden_layers=2)
     case = made(tmp_path, model, config(**SETTINGS, preset="balanced", loss_aware=True))
     _, errors, _ = team(2, model, tmp_path / "out", case.settings, when=when)
