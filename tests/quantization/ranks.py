@@ -19,7 +19,14 @@ from gptq_cli.events import BlockFinished, Event
 from gptq_cli.models.stream import LoadedBlock
 from gptq_cli.planning.checks import RunOptions, prepare_run
 from gptq_cli.planning.estimate import ROWS_OF_A_PART
-from gptq_cli.quantization import block_loop, gradients, layers, routed_experts, run, run_state
+from gptq_cli.quantization import (
+    block_loop,
+    layers,
+    reverse_pass,
+    routed_experts,
+    run,
+    run_state,
+)
 from gptq_cli.runtime import torchrun
 from gptq_cli.solver.factor import HessianFactor
 from gptq_cli.solver.grid import ScaleRangeError
