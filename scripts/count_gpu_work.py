@@ -236,17 +236,17 @@ class NoStore:
 
 
 class NoGradientStore:
-    """Stands for the sums of a pass for gradients, over `tokens` tokens, which is not counted."""
+    """Stands for the files of a pass for gradients over `tokens` tokens, which is not counted."""
 
-    def __init__(self, tokens: int) -> None:
+    def __init__(self, layers: Sequence[LayerPlan], tokens: int) -> None:
         self.tokens = tokens
+        self.layers = {layer.name: layer.out_features for layer in layers}
 
-    def read(self, layer: LayerPlan) -> torch.Tensor:
-        return torch.zeros(layer.out_features, layer.out_features)
-
-    def energies(self, layers: Sequence[LayerPlan]) -> torch.Tensor:
-        del layers
-        return torch.ones(self.tokens)
+    def read(self, name: str) -> tuple[Mapping[str, torch.Tensor], Mapping[str, torch.Tensor]]:
+        """Return what any file of the pass holds: sums and energies, here those of all layers."""
+        del name
+        sums = {layer: torch.zeros(rows, rows) for layer, rows in self.layers.items()}
+        return sums, {layer: torch.ones(self.tokens) for layer in self.layers}
 
 
 def count(
@@ -315,7 +315,7 @@ def quantize_counted(
 def gradients_of(run: Run) -> SummedGradients:
     """Return gradients that are read as those of a pass that is complete."""
     tokens = gradient_tokens(run.plan, run.config)
-    store: Any = NoGradientStore(tokens)
+    store: Any = NoGradientStore(run.plan.loss_aware, tokens)
     sizes = [len(batch.flatten()) for batch in run.batches]
     return SummedGradients(SINGLE_PROCESS, run.stream.device, store, tokens, sizes)
 

@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 from gptq_cli.calibration import corpus
 from gptq_cli.cli.app import COMMANDS, app, load_command
 from gptq_cli.config.corpora import BUILT_IN
+from gptq_cli.storage.work_directory import work_of
 from tests.workspace import ROOT, SMALL, copy_workspace, make_workspace, supply
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -94,6 +95,8 @@ def run(command: str, files: Path) -> None:
     for word in arguments:
         if word not in outputs and not Path(word).exists():
             supply(files, word)
+    if arguments[0] == "resume":
+        supply(files, work_of(Path(arguments[1])).name)
     settings = SMALL
     if "scripts/demo" in command:
         settings = {}
