@@ -56,7 +56,7 @@ from gptq_cli.planning.run_plan import (
     judge_plan,
     remarks,
 )
-from gptq_cli.planning.seconds import Seconds, estimate_time
+from gptq_cli.planning.seconds import Rates, Seconds, estimate_time
 
 if TYPE_CHECKING:
     from gptq_cli.calibration.windows import Part
@@ -122,9 +122,9 @@ class PlanResult:
 
     `quantized` and `kept` are the rows of the layers and of all other tensors; `memory` is an
     estimate for each of `devices` processes, `seconds` one from rates measured on this device, or
-    None. `download` is None for a model that is on this machine. `engines` tells for each serving
-    engine whether it will load the output. `choices` are other widths and group sizes, if they were
-    asked for.
+    None; `measuring` is the part of them that measures widths, if the run does. `download` is None
+    for a model that is on this machine. `engines` tells for each serving engine whether it will
+    load the output. `choices` are other widths and group sizes, if they were asked for.
     """
 
     model: str
@@ -141,6 +141,7 @@ class PlanResult:
     engines: tuple[Verdict, ...]
     text: tuple[TextPlan, ...]
     choices: tuple[Choice, ...] = ()
+    measuring: Seconds | None = None
 
     @property
     def parts(self) -> dict[str, int]:
@@ -196,7 +197,7 @@ class PlanResult:
             "disk": {"needed_bytes": self.disk.needed, "free_bytes": self.disk.free},
             "download": to_json(self.download),
             "engines": engine_data(self.engines),
-            "seconds": _seconds_data(self.seconds),
+            "seconds": _seconds_data(self.seconds, self.measuring),
             "text": to_json(self.text),
         }
 
@@ -250,10 +251,11 @@ def preview_run(
         named = named.model_copy(update={"group_size": config.group_size})
         output = Path(default_name(model, named))
     plan = plan_checkpoint(checkpoint, config)
-    seconds = None
+    seconds = measuring = None
     if with_time:
         bound = bounded(config, checkpoint)
-        seconds = _measured_seconds(plan, bound, devices, report, allocates=named.allocates)
+        allocates = named.allocates
+        seconds, measuring = _seconds(plan, bound, devices, report, allocates=allocates)
     disk = _disk(plan, config, output, allocates=named.allocates)
     download = None
     if not source.is_complete:
@@ -277,6 +279,7 @@ def preview_run(
         engines=_engines(checkpoint, plan, config, mixed),
         text=text,
         choices=tuple(choices),
+        measuring=measuring,
     )
     _warn(result, config, report)
     return result
@@ -402,13 +405,26 @@ def _notes_on_stacks(plan: RunPlan) -> list[str]:
     return [f"{text}: the plan keeps them, but the run asks the model, and may quantize them"]
 
 
-def _measured_seconds(
+def _seconds(
     plan: RunPlan, config: QuantizeConfig, devices: int, report: Report, *, allocates: bool
-) -> Seconds:
-    """Measure the device of the run and estimate the time of the run.
+) -> tuple[Seconds, Seconds | None]:
+    """Measure the device of the run, and estimate the time of the run.
 
-    If it allocates bits, this includes the measurement before it. Report W_SLOW_DTYPE as the run
-    would. Raise ConfigError E_CFG_CONFLICT for several devices.
+    If it allocates bits, the second part is the time of the measurement, which the first includes.
+    Raises what `_measured_rates` raises.
+    """
+    rates = _measured_rates(plan, config, devices, report)
+    seconds = estimate_time(plan, config, rates)
+    if not allocates:
+        return seconds, None
+    measuring = measuring_seconds(plan, config, rates)
+    return seconds.plus(measuring), measuring
+
+
+def _measured_rates(plan: RunPlan, config: QuantizeConfig, devices: int, report: Report) -> Rates:
+    """Measure the device of the run.
+
+    Report W_SLOW_DTYPE as the run would. Raise ConfigError E_CFG_CONFLICT for several devices.
     """
     from gptq_cli.runtime.device import report_slow_dtype, resolve_device
     from gptq_cli.runtime.open_model import DTYPES
@@ -422,11 +438,7 @@ def _measured_seconds(
     dtype = DTYPES[forward_dtype(plan.source, config.dtype)]
     device = resolve_device(config.device)
     report_slow_dtype(device, config.dtype, plan.source, config.nsamples * config.seqlen, report)
-    rates = measure_rates(device, dtype, widest.in_features, widest.config, widest.weight.file)
-    seconds = estimate_time(plan, config, rates)
-    if allocates:
-        return seconds.plus(measuring_seconds(plan, config, rates))
-    return seconds
+    return measure_rates(device, dtype, widest.in_features, widest.config, widest.weight.file)
 
 
 # ---------------------------------------------------------------- calibration text
@@ -514,7 +526,10 @@ def _peak(terms: Sequence[Term]) -> dict[str, Any]:
     return {"peak_bytes": total(terms), "terms": {term.what: term.nbytes for term in terms}}
 
 
-def _seconds_data(seconds: Seconds | None) -> dict[str, Any] | None:
+def _seconds_data(seconds: Seconds | None, measuring: Seconds | None) -> dict[str, Any] | None:
     if seconds is None:
         return None
-    return {"estimate": True, "total": seconds.total, **to_json(seconds)}
+    part = None
+    if measuring is not None:
+        part = measuring.total
+    return {"estimate": True, "total": seconds.total, **to_json(seconds), "measuring": part}

@@ -23,7 +23,6 @@ from gptq_cli.config.fields import AUTO
 from gptq_cli.config.resolve import Resolved
 from gptq_cli.errors import clock, counted, size
 from gptq_cli.planning.estimate import Disk, DownloadPlan, total
-from gptq_cli.planning.seconds import Seconds
 from gptq_cli.preview import PlanResult, TextPlan, preview_run
 
 ENGINES_SHOWN = 24  # columns
@@ -101,7 +100,7 @@ def _table(found: PlanResult, group_size: int | str) -> list[str]:
     below = [
         marked,
         f"size of *: {_parts(found.parts)}",
-        *_time_lines(found.seconds),
+        *_time_lines(found),
         "bpw = bits per quantized weight, with all that is stored for it",
         "CPU, GPU = memory of a run there (estimate, not measured on a GPU)",
     ]
@@ -126,7 +125,7 @@ def _lines(found: PlanResult) -> list[str]:
     rate = f"{plan.bits_per_weight:.3g} per quantized weight"
     lines.append(f"bits    {rate}, with all that is stored for it")
     lines += _text_lines(found.text)
-    lines += _memory_lines(found) + _time_lines(found.seconds)
+    lines += _memory_lines(found) + _time_lines(found)
     lines += _disk_lines(found.disk) + _download_lines(found.download)
     return [fitted(line, indent=8) for line in [*lines, *engine_lines(found.engines)]]
 
@@ -175,18 +174,23 @@ def _download_lines(download: DownloadPlan | None) -> list[str]:
     ]
 
 
-def _time_lines(seconds: Seconds | None) -> list[str]:
+def _time_lines(found: PlanResult) -> list[str]:
     """Return lines about the time of a run, or none if no estimate was requested."""
+    seconds = found.seconds
     if seconds is None:
         return []
     forwards, hessians = clock(seconds.forward), clock(seconds.hessian)
     solving = clock(seconds.factor + seconds.solve)
     parts = f"forwards {forwards}, Hessians {hessians}, solving {solving}"
-    return [
+    lines = [
         f"time    at least {clock(seconds.total)} (estimate from rates measured on this device):",
         f"          {parts}, reading {clock(seconds.reading)}, start and checks "
         f"{clock(seconds.fixed)}",
     ]
+    if found.measuring is not None:
+        before = f"before that the measurement of widths {clock(found.measuring.total)}"
+        lines.append(f"          {before}, which is part of the time")
+    return lines
 
 
 def _text_lines(texts: Sequence[TextPlan]) -> list[str]:

@@ -13,12 +13,15 @@ from typer.testing import Result
 
 from gptq_cli.checkpoint.source import open_checkpoint
 from gptq_cli.config.schema import QuantizeConfig
+from gptq_cli.errors import clock
 from gptq_cli.planning.checks import default_output
+from gptq_cli.planning.seconds import Rates
+from gptq_cli.runtime import rates as runtime_rates
 from gptq_cli.storage.manifest import write_manifest
 from tests.families import save_model
 from tests.hub import serve
 
-from .conftest import FakeQuantizer, Run
+from .conftest import FakeQuantizer, Run, validate_output
 from .processes import run_process
 
 SETTINGS = ["-b", "4", "-g", "32"]
@@ -179,9 +182,27 @@ def test_a_plan_as_json_has_seconds_only_with_the_flag(gptq: Run, model: Path) -
     plain, timed = gptq(*words), gptq(*words, "--time")
     assert (plain.exit_code, timed.exit_code) == (0, 0)
     assert json.loads(plain.stdout)["seconds"] is None
+    validate_output(json.loads(timed.stdout), "plan")
     seconds = json.loads(timed.stdout)["seconds"]
     parts = sum(seconds[part] for part in ("forward", "hessian", "factor", "solve", "network"))
     assert seconds["total"] == max(parts, seconds["reading"]) + seconds["fixed"] > 0
+
+
+def test_the_time_of_a_run_with_a_goal_names_its_measurement(
+    gptq: Run, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow = Rates(forward=1e6, hessian=1e6, factor=1e6, solve=1e6, columns=1e6, disk=1e9)
+    monkeypatch.setattr(runtime_rates, "measure_rates", lambda *_: slow)
+    words = ["plan", model, "--device", "cpu", "-g", "32", "--seqlen", "64", "--time"]
+    one_width = json.loads(gptq(*words, "--bits", "3", "--json").stdout)["seconds"]
+    goal = ["--bits", "3", "--allow-bits", "2,3,4"]
+    found = json.loads(gptq(*words, *goal, "--json").stdout)["seconds"]
+    assert one_width["measuring"] is None
+    assert found["measuring"] > 1
+    assert found["total"] == pytest.approx(one_width["total"] + found["measuring"], rel=0.2)
+    shown = gptq(*words, *goal).stdout
+    assert f"the measurement of widths {clock(found['measuring'])}, which is part of" in shown
+    assert "measurement of widths" not in gptq(*words, "--bits", "3").stdout
 
 
 def test_time_for_several_devices_is_refused(gptq: Run, model: Path) -> None:
