@@ -59,6 +59,8 @@ from gptq_cli.planning.run_plan import (
 from gptq_cli.planning.seconds import Rates, Seconds, estimate_time
 
 if TYPE_CHECKING:
+    import torch
+
     from gptq_cli.calibration.windows import Part
 
 NO_TOKENIZER = ("E_TOKENIZER", "E_REMOTE_CODE")
@@ -411,34 +413,32 @@ def _seconds(
     """Measure the device of the run, and estimate the time of the run.
 
     If it allocates bits, the second part is the time of the measurement, which the first includes.
-    Raises what `_measured_rates` raises.
-    """
-    rates = _measured_rates(plan, config, devices, report)
-    seconds = estimate_time(plan, config, rates)
-    if not allocates:
-        return seconds, None
-    measuring = measuring_seconds(plan, config, rates)
-    return seconds.plus(measuring), measuring
-
-
-def _measured_rates(plan: RunPlan, config: QuantizeConfig, devices: int, report: Report) -> Rates:
-    """Measure the device of the run.
-
     Report W_SLOW_DTYPE as the run would. Raise ConfigError E_CFG_CONFLICT for several devices.
     """
-    from gptq_cli.runtime.device import report_slow_dtype, resolve_device
-    from gptq_cli.runtime.open_model import DTYPES
-    from gptq_cli.runtime.rates import measure_rates
+    from gptq_cli.runtime.device import measuring_dtype, report_slow_dtype, resolve_device
 
     if devices > 1:
         message = f"--time measures one device, but --devices is {devices}"
         raise ConfigError("E_CFG_CONFLICT", message, hint="omit --devices or --time")
-    widest = max(plan.quantized, key=lambda layer: layer.in_features)
-    assert widest.config is not None
-    dtype = DTYPES[forward_dtype(plan.source, config.dtype)]
     device = resolve_device(config.device)
     report_slow_dtype(device, config.dtype, plan.source, config.nsamples * config.seqlen, report)
-    return measure_rates(device, dtype, widest.in_features, widest.config, widest.weight.file)
+    seconds = estimate_time(plan, config, _measured_rates(plan, config.dtype, device))
+    if not allocates:
+        return seconds, None
+    dtype = measuring_dtype(device, config.dtype, plan.source)
+    measuring = measuring_seconds(plan, config, _measured_rates(plan, dtype, device))
+    return seconds.plus(measuring), measuring
+
+
+def _measured_rates(plan: RunPlan, dtype: str, device: torch.device) -> Rates:
+    """Measure `device` with work like that of the widest layer, forwards in `dtype`."""
+    from gptq_cli.runtime.open_model import DTYPES
+    from gptq_cli.runtime.rates import measure_rates
+
+    widest = max(plan.quantized, key=lambda layer: layer.in_features)
+    assert widest.config is not None
+    exact = DTYPES[forward_dtype(plan.source, dtype)]
+    return measure_rates(device, exact, widest.in_features, widest.config, widest.weight.file)
 
 
 # ---------------------------------------------------------------- calibration text

@@ -46,6 +46,7 @@ from gptq_cli.quantization.resume import Identity
 from gptq_cli.quantization.run import Calibration, how_read, identify_run, request_of
 from gptq_cli.runtime.device import (
     Worker,
+    measuring_dtype,
     report_device,
     report_slow_dtype,
     settle_kernels,
@@ -55,7 +56,7 @@ from gptq_cli.runtime.memory import device_errors
 from gptq_cli.storage.manifest import ALLOCATION
 from gptq_cli.storage.work_directory import WorkDirectory, read_run, working_on, write_run
 
-REVISION = 6  # counted up if the same model gets another measurement
+REVISION = 7  # counted up if the same model gets another measurement
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,11 +180,10 @@ def measure_model(
     ):
         if worker.team.is_leader:
             report_device(worker.device, goal.device, report, worker.team.size)
-            tokens = goal.nsamples * goal.seqlen
-            report_slow_dtype(worker.device, goal.dtype, prepared.plan.source, tokens, report)
             for code, text in prepared.warnings:
                 report(Warned(code, text))
-        stream = open_model(prepared, worker, prepared.config.dtype)
+        dtype = measuring_dtype(worker.device, goal.dtype, prepared.plan.source)
+        stream = open_model(prepared, worker, dtype)
         plan_of = partial(_plan, prepared, stream)
         plans = {width: plan_of(at_width(prepared.config, width)) for width in widths}
         fusing = fusing_engines(goal)
@@ -236,6 +236,9 @@ def allocate_run(
     `measure_model` and `MeasuredModel.choose` raise.
     """
     worker = with_kernels(worker, prepared.config)
+    if worker.team.is_leader:  # before the measurement, whose dtype may be another
+        tokens = goal.nsamples * goal.seqlen
+        report_slow_dtype(worker.device, goal.dtype, prepared.plan.source, tokens, report)
     place = Place.of_output(prepared.output)
     measured = measure_model(prepared, goal, report, worker, place)
     chosen = measured.choose(goal)
@@ -341,8 +344,16 @@ def _identify(
     report(PhaseStarted("source", how_read(prepared.plan.source)))
     config = at_width(prepared.config, reference)
     fused = bool(fusing)
+    dtype = measuring_dtype(worker.device, config.dtype, prepared.plan.source)
     return identify_run(
-        prepared, calibration, config, worker, report, allocation=REVISION, fused_units=fused
+        prepared,
+        calibration,
+        config,
+        worker,
+        report,
+        allocation=REVISION,
+        fused_units=fused,
+        computed_in=dtype,
     )
 
 

@@ -17,7 +17,7 @@ from gptq_cli.planning.run_plan import RunPlan, bounded
 from gptq_cli.planning.seconds import Rates, Seconds, calibration_of, estimate_seconds
 
 SHARE = 4  # the measurement takes a quarter of the windows, but not fewer tokens than these:
-LEAST_TOKENS, LEAST_PROBE = 8192, 4096  # of calibration, and of the probe for gradients
+LEAST_TOKENS, LEAST_PROBE = 8192, 2048  # of calibration, and of the probe for gradients
 # Rounding for the measurement: quick, but with the order and the signs of the run itself
 QUICK: dict[str, Any] = {
     "scale_search": "none",
@@ -48,11 +48,17 @@ def _a_part(config: QuantizeConfig, least_tokens: int) -> int:
 
 
 def measuring_disk(plan: RunPlan, config: QuantizeConfig) -> int:
-    """Return the most bytes that a measurement by gradients keeps: states, and codes of layers."""
+    """Return the most bytes that a measurement by gradients keeps: states, and codes of layers.
+
+    If no dtype was asked for, some CPUs compute it in float32.
+    """
     config = bounded(config, plan.source)
     blocks = (plan.n_blocks + 1) * probe_windows(config)
     windows = blocks + 2 * calibration_windows(config)
-    states = windows * config.seqlen * hidden_size(plan) * forward_bits(plan, config) // 8
+    bits = 32
+    if config.dtype != "auto":
+        bits = forward_bits(plan, config)
+    states = windows * config.seqlen * hidden_size(plan) * bits // 8
     return states + sum(layer.n_weights for layer in plan.quantized)
 
 

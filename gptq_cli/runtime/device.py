@@ -103,13 +103,32 @@ def report_slow_dtype(
 
     Short runs get no warning, nor does a user who has `asked` for a dtype other than "auto".
     """
+    if not _is_slow_dtype(device, asked, checkpoint) or tokens * checkpoint.nbytes < LONG_RUN:
+        return
     dtype = forward_dtype(checkpoint, asked)
-    if asked != "auto" or device.type != "cpu" or dtype == "float32":
-        return
-    if not _multiplies_16_bits_slowly() or tokens * checkpoint.nbytes < LONG_RUN:
-        return
     text = f"this CPU has no instructions for {dtype}, the dtype of the model, so forwards are slow"
     report(Warned("W_SLOW_DTYPE", f"{text}; --dtype float32 is faster, but takes more memory"))
+
+
+def measuring_dtype(device: torch.device, asked: str, checkpoint: Checkpoint) -> str:
+    """Return the dtype in which a measurement by gradients computes, if `asked` is that of the run.
+
+    It is the same, but float32 on a CPU that multiplies 16 bits slowly: a pass in reverse is mostly
+    products.
+    """
+    if _is_slow_dtype(device, asked, checkpoint):
+        return "float32"
+    return asked
+
+
+def _is_slow_dtype(device: torch.device, asked: str, checkpoint: Checkpoint) -> bool:
+    """Return whether the model runs in 16 bits on a CPU that multiplies these slowly.
+
+    A user who has `asked` for a dtype other than "auto" knows.
+    """
+    if asked != "auto" or device.type != "cpu" or forward_dtype(checkpoint, asked) == "float32":
+        return False
+    return _multiplies_16_bits_slowly()
 
 
 def _multiplies_16_bits_slowly() -> bool:

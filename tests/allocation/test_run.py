@@ -9,8 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from gptq_cli import quantize
-from gptq_cli.errors import size
+from gptq_cli import allocate, quantize
+from gptq_cli.allocation.first_order import HarmPass
+from gptq_cli.allocation.harms import Measurement
+from gptq_cli.errors import InputError, size
 from gptq_cli.events import BlockFinished, BlocksDone, Event, PhaseStarted, Report, WorkKept
 from gptq_cli.quantization.run_state import SavingTimes
 from gptq_cli.runtime import device
@@ -93,3 +95,32 @@ def test_a_run_with_a_goal_warns_of_slow_16_bits_once_and_before_it_measures(
     assert len(messages(events, "W_SLOW_DTYPE")) == 1
     measured = [type(event) for event in events].index(BlocksDone)
     assert len(messages(events[:measured], "W_SLOW_DTYPE")) == 1
+
+
+@pytest.mark.parametrize(
+    ("capability", "asked", "computed_in"),
+    [("AVX2", "auto", "float32"), ("AVX2", "bfloat16", "bfloat16"), ("AVX512", "auto", "bfloat16")],
+)
+def test_a_measurement_computes_in_float32_if_the_cpu_multiplies_16_bits_slowly(
+    capability: str,
+    asked: str,
+    computed_in: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(platform, "machine", lambda: "x86_64")
+    monkeypatch.setattr(device, "LONG_RUN", 1)
+    dtypes = []
+
+    def seen(run: HarmPass) -> Measurement:
+        dtypes.append(run.stream.dtype)
+        raise InputError("E_STOP", "enough was seen")
+
+    monkeypatch.setattr(HarmPass, "measure", seen)
+    model = save_model(tmp_path / "model", dtype=torch.bfloat16)
+    events: list[Event] = []
+    with pytest.raises(InputError, match="enough was seen"):
+        allocate(model, goal(bits=2.5, dtype=asked, device="cpu"), on_event=events.append)
+    assert dtypes == [getattr(torch, computed_in)]
+    assert messages(events, "W_SLOW_DTYPE") == []  # a run that follows is slow, this is not

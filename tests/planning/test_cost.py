@@ -367,8 +367,10 @@ def test_the_pass_for_gradients_writes_and_hashes_what_it_keeps(tmp_path: Path) 
 
 
 def test_a_measurement_takes_a_quarter_of_the_text_and_no_less_than_some_tokens() -> None:
-    few = config(nsamples=128, seqlen=64, batch_size=8)
-    assert (calibration_windows(few), probe_windows(few)) == (128, 64)
+    few = config(nsamples=64, seqlen=64, batch_size=8)
+    assert (calibration_windows(few), probe_windows(few)) == (64, 32)
+    some = config(nsamples=160, seqlen=64, batch_size=8)
+    assert (calibration_windows(some), probe_windows(some)) == (128, 40)
     many = config(nsamples=4096, seqlen=64, batch_size=8)
     assert (calibration_windows(many), probe_windows(many)) == (1024, 256)
     alone = config(nsamples=400, seqlen=64, batch_size=1)  # a process may have each batch
