@@ -317,8 +317,10 @@ def _restore_buffers(model: PreTrainedModel, device: torch.device) -> None:
                 mark = torch.nan if buffer.is_floating_point() else 0
                 module._buffers[leaf] = torch.full_like(buffer, mark, device=device)
                 restored.append((f"{path}.{leaf}", module, leaf))
+    for parameter in model.parameters():
+        parameter._is_hf_initialized = True  # type: ignore[attr-defined]  # so it is left alone
     with torch.device(device):
-        model.initialize_weights()  # parameters are on meta: only the buffers are really written
+        model.initialize_weights()
     for name, module, leaf in restored:
         if module._buffers[leaf].isnan().any():  # type: ignore[union-attr]
             raise InputError(
