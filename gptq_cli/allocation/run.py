@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -184,7 +183,7 @@ def measure_model(
                 report(Warned(code, text))
         dtype = measuring_dtype(worker.device, goal.dtype, prepared.plan.source)
         stream = open_model(prepared, worker, dtype)
-        plan_of = partial(_plan, prepared, stream)
+        plan_of = _Plans(prepared, stream).of
         plans = {width: plan_of(at_width(prepared.config, width)) for width in widths}
         fusing = fusing_engines(goal)
         units = find_units(plans, goal.protect, fused=bool(fusing))
@@ -313,9 +312,23 @@ def _work_directory(
         yield work
 
 
-def _plan(prepared: PreparedRun, stream: ModelStream, config: QuantizeConfig) -> RunPlan:
-    plan = plan_checkpoint(prepared.plan.source, config)
-    return refine_plan(plan, config, stream.all_linears(), stream.stacked_linears(), stream.unused)
+class _Plans:
+    """The plans of a located model. The last one is kept, since several ask for it in turn."""
+
+    def __init__(self, prepared: PreparedRun, stream: ModelStream) -> None:
+        self._source, self._stream = prepared.plan.source, stream
+        self._last: tuple[QuantizeConfig, RunPlan] | None = None
+
+    def of(self, config: QuantizeConfig) -> RunPlan:
+        """Return the plan of the model under `config`; raise what `plan_checkpoint` raises."""
+        if self._last is not None and self._last[0] == config:
+            return self._last[1]
+        stream = self._stream
+        plan = plan_checkpoint(self._source, config)
+        linears, stacked = stream.all_linears(), stream.stacked_linears()
+        plan = refine_plan(plan, config, linears, stacked, stream.unused)
+        self._last = (config, plan)
+        return plan
 
 
 def _refuse_unreachable(

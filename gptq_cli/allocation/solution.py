@@ -5,7 +5,7 @@ Needs no torch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from gptq_cli.allocation.goals import allowed_bits, check_size, has_average, unreachable
@@ -81,16 +81,14 @@ class Allocator:
             widths.append(min(unit.widths, key=lambda other: abs(other - width)))
         return self._of_widths(widths, 0.0)
 
-    def frontier(self) -> list[Allocation]:
-        """Return the allocations of least harm in steps of average bits, smallest first."""
+    def frontier(self) -> Iterator[Allocation]:
+        """Yield the allocations of least harm in steps of average bits, smallest first."""
         least, most = self._by_bits.least, self._by_bits.most
         first = -(-least // (self._n_weights * FRONTIER_STEP))
-        found = []
         step = int(first)
         while step * FRONTIER_STEP * self._n_weights <= most:
-            found.append(self.with_average(step * FRONTIER_STEP))
+            yield self.with_average(step * FRONTIER_STEP)
             step += 1
-        return found
 
     def _with_size(self, target: int) -> Allocation:
         narrowest = [unit.widths[0] for unit in self._units]

@@ -318,7 +318,7 @@ def _restore_buffers(model: PreTrainedModel, device: torch.device) -> None:
                 module._buffers[leaf] = torch.full_like(buffer, mark, device=device)
                 restored.append((f"{path}.{leaf}", module, leaf))
     for parameter in model.parameters():
-        parameter._is_hf_initialized = True  # type: ignore[attr-defined]  # so it is left alone
+        parameter._is_hf_initialized = True  # so it is left alone
     with torch.device(device):
         model.initialize_weights()
     for name, module, leaf in restored:
