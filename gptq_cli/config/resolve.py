@@ -390,10 +390,13 @@ def to_yaml(config: QuantizeConfig, origins: Mapping[str, str] | None = None) ->
 
     Loading the text gives an equal configuration.
     """
+    values = config.model_dump()
+    if not origins:
+        return printable_yaml(values)
     blocks = []
-    for key, value in config.model_dump().items():
+    for key, value in values.items():
         block = printable_yaml({key: value})
-        origin = _one_line((origins or {}).get(key))
+        origin = _one_line(origins.get(key))
         if origin is None:
             blocks.append(block)
         elif block.count("\n") == 1:
