@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,7 +11,7 @@ import typer
 from gptq_cli.cli import options as o
 from gptq_cli.cli.console import Console, aligned, indented_lines, joined
 from gptq_cli.cli.progress import Progress
-from gptq_cli.config.resolve import check_flags
+from gptq_cli.config.resolve import check_flags, with_variables
 from gptq_cli.errors import clock, counted
 from gptq_cli.evaluation.verdict import verdict_lines
 
@@ -62,6 +63,8 @@ def compare(
     Example: gptq compare ./Qwen3-0.6B-GPTQ-Int4-g128 ./Qwen3-0.6B
     """
     check_flags(settings)
+    if text is not None:
+        settings = with_variables(settings, os.environ)
     console = Console(as_json, quiet)
     from gptq_cli.api import compare
 

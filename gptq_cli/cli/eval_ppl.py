@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,7 +11,7 @@ from gptq_cli.cli import options as o
 from gptq_cli.cli.console import Console, fitted_lines, time_line
 from gptq_cli.cli.progress import Progress
 from gptq_cli.config.fields import Panel
-from gptq_cli.config.resolve import check_flags
+from gptq_cli.config.resolve import with_variables
 from gptq_cli.errors import ConfigError, GateError, Problem, counted
 from gptq_cli.evaluation.verdict import BETTER, verdict_lines
 
@@ -92,7 +93,7 @@ def eval_ppl(
 
     Example: gptq eval-ppl ./out --baseline ./Qwen3-0.6B --max-increase 2%
     """
-    check_flags({**settings, "batch_size": batch_size})
+    settings = with_variables({**settings, "batch_size": batch_size}, os.environ)
     limits = _limits(baseline, max_increase, max_kl, min_top1, max_ppl)
     console = Console(as_json, quiet)
     from gptq_cli.api import evaluate_perplexity
@@ -100,7 +101,6 @@ def eval_ppl(
 
     request = EvalRequest(
         dataset=dataset,
-        batch_size=batch_size,
         max_windows=max_windows,
         baseline=baseline,
         revision=revision,

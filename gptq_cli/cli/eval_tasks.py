@@ -14,7 +14,7 @@ from gptq_cli.cli import options as o
 from gptq_cli.cli.console import Console, aligned, joined, time_line
 from gptq_cli.cli.progress import Progress
 from gptq_cli.config.fields import Panel
-from gptq_cli.config.resolve import check_flags
+from gptq_cli.config.resolve import with_variables
 from gptq_cli.errors import ConfigError, GateError, Problem
 
 if TYPE_CHECKING:
@@ -109,7 +109,7 @@ def eval(
 
     Example: gptq eval ./out --tasks arc_easy,hellaswag --baseline ./Qwen3-0.6B --max-drop 0.01
     """
-    check_flags({**settings, "batch_size": batch_size})
+    settings = with_variables({**settings, "batch_size": batch_size}, os.environ)
     _check_limit(baseline, max_drop)
     console = Console(as_json, quiet)
     from gptq_cli.evaluation.request import TaskRequest
@@ -119,7 +119,6 @@ def eval(
         include_path=include_path,
         num_fewshot=num_fewshot,
         limit=limit,
-        batch_size=batch_size,
         baseline=baseline,
         revision=revision,
         **settings,

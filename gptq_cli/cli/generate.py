@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Annotated
@@ -11,7 +12,7 @@ import typer
 from gptq_cli.cli import options as o
 from gptq_cli.cli.console import Console, write_piece
 from gptq_cli.config.fields import Panel
-from gptq_cli.config.resolve import check_flags
+from gptq_cli.config.resolve import with_variables
 from gptq_cli.errors import InputError, counted
 from gptq_cli.events import Event, PhaseStarted, Warned
 
@@ -99,7 +100,7 @@ def generate(
 
     Example: gptq generate ./Qwen3-0.6B-GPTQ-Int4-g128 "Why is the sky blue?"
     """
-    check_flags(settings)
+    settings = with_variables(settings, os.environ)
     console = Console(as_json, quiet)
     from gptq_cli.api import generate
     from gptq_cli.evaluation.request import GenerateRequest

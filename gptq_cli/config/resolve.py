@@ -37,6 +37,7 @@ from gptq_cli.errors import (
 from gptq_cli.files import file_errors
 
 ENVIRONMENT = "GPTQ_"
+RUNNING = ("device", "dtype")
 AT_KEY = {"E_CFG_UNKNOWN_KEY", "E_CFG_REGEX"}
 SETTING = re.compile(r"set (\w+) to (\w+)(, or remove it)?")  # in hints
 
@@ -227,6 +228,25 @@ def check_flags(flags: Mapping[str, Any]) -> None:
     problems = _problems_of(_Source(given))
     if problems:
         raise ConfigError.of(problems)
+
+
+def with_variables(flags: Mapping[str, Any], env: Mapping[str, str]) -> dict[str, Any]:
+    """Return `flags` with GPTQ_* variables for where and in what dtype a model runs.
+
+    It is for commands that take these fields but no configuration. Variables for the text would
+    change what is measured, so they count in a configuration only. Raises what `check_flags`
+    raises, also for the variables.
+    """
+    check_flags(flags)
+    found = _Environment({})
+    for key in RUNNING:
+        variable = f"{ENVIRONMENT}{key.upper()}"
+        if variable in env and flags.get(key) is None:
+            found.values[key] = parse_scalar(env[variable])
+    problems = _problems_of(found)
+    if problems:
+        raise ConfigError.of(problems)
+    return {**flags, **found.values}
 
 
 def _choose(sources: Sequence[_Source]) -> dict[str, _Source]:

@@ -51,6 +51,24 @@ def test_every_flag_reaches_the_request(gptq: Run, evaluator: FakeEvaluator) -> 
     assert evaluator.calls == [("m", request)]
 
 
+@pytest.mark.parametrize(("words", "dtype"), [([], "float32"), (["--dtype=bfloat16"], "bfloat16")])
+def test_variables_say_where_and_how_a_model_runs_but_not_on_which_text(
+    words: list[str],
+    dtype: str,
+    gptq: Run,
+    evaluator: FakeEvaluator,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, value in {"DTYPE": "float32", "DEVICE": "cuda:1", "SEQLEN": "64"}.items():
+        monkeypatch.setenv(f"GPTQ_{name}", value)
+    assert gptq("eval-ppl", "m", *words).exit_code == 0
+    assert evaluator.calls == [("m", EvalRequest(device="cuda:1", dtype=dtype))]
+    monkeypatch.setenv("GPTQ_DTYPE", "float33")
+    refused = gptq("eval-ppl", "m")
+    assert refused.exit_code == 2
+    assert "error[E_CFG_RANGE]: GPTQ_DTYPE must be " in refused.stderr
+
+
 def test_the_answer_states_its_protocol(gptq: Run, evaluator: FakeEvaluator) -> None:
     evaluator.result = COMPARED
     result = gptq("eval-ppl", "m", "--baseline", "b")
