@@ -107,6 +107,10 @@ class Command(TyperCommand):
 
     everyday: Sequence[str] = ()
 
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        _refuse_option_as_value(self.params, args, ctx.command_path)
+        return super().parse_args(ctx, args)
+
     def format_help(self, ctx: Any, formatter: Any) -> None:
         from gptq_cli.cli.help_page import command_page
 
@@ -292,6 +296,24 @@ def _refuse_empty(words: Sequence[str]) -> None:
         before = " ".join(["gptq", *words[: words.index("")]])
         hint = "is a variable of the shell not set? omit the argument if it is not needed"
         raise ConfigError("E_USAGE", f"empty argument after `{before}`", hint=hint)
+
+
+def _refuse_option_as_value(parameters: Sequence[Any], words: Sequence[str], command: str) -> None:
+    """Raise ConfigError E_USAGE if an option would take the option behind it as its value."""
+    takers: dict[str, str] = {}
+    known: set[str] = set()
+    for parameter in parameters:
+        names = [name for name in parameter.opts if name.startswith("-")]
+        known.update(names, parameter.secondary_opts)
+        if not getattr(parameter, "is_flag", True):
+            takers |= dict.fromkeys(names, parameter.metavar)
+    for word, following in pairwise(words):
+        if word == "--":
+            return
+        if word in takers and following in known:
+            message = f"{word} needs a value, but the option {following} follows"
+            hint = f"give a value: {word} {takers[word]}; see {command} --help"
+            raise ConfigError("E_USAGE", message, hint=hint)
 
 
 def load_command(name: str) -> Any:

@@ -8,6 +8,7 @@ from typing import Annotated
 
 from gptq_cli.cli import options as o
 from gptq_cli.cli.console import Console
+from gptq_cli.cli.launch import parse_devices
 from gptq_cli.cli.plan_view import show_plan
 from gptq_cli.cli.quantize import EVERYDAY
 from gptq_cli.config.fields import AUTO, Panel
@@ -23,13 +24,12 @@ WithTime = Annotated[
     ),
 ]
 Devices = Annotated[
-    int,
+    str | None,
     o.plain(
         "--devices",
-        help="number of devices that share the work; default 1",
+        help="number of devices that share the work, or their list as for quantize; default 1",
         panel=Panel.RUN,
         metavar="N",
-        min=1,
     ),
 ]
 
@@ -41,7 +41,7 @@ def plan(
     *,
     output: o.Output = None,
     settings: o.Settings,
-    devices: Devices = 1,
+    devices: Devices = None,
     time: WithTime = False,
     revision: o.Revision = None,
     config: o.ConfigFile = None,
@@ -66,10 +66,19 @@ def plan(
         model,
         output,
         revision,
-        devices=devices,
+        devices=_number_of(devices),
         with_time=time,
         group_sizes=_group_sizes(resolved),
     )
+
+
+def _number_of(devices: str | None) -> int:
+    """Return the number of devices; raise what `parse_devices` raises for a wrong list."""
+    if devices is None:
+        return 1
+    if devices.isdecimal() and int(devices) > 0:
+        return int(devices)
+    return len(parse_devices(devices))
 
 
 def _group_sizes(resolved: Resolved) -> Sequence[int] | None:

@@ -164,6 +164,16 @@ def test_no_arguments_show_help_as_a_usage_error(gptq: Run) -> None:
             "takes no further argument",
             "give the output with -o; see gptq quantize --help",
         ),
+        (
+            ["quantize", "m", "--protect", "--bits", "3"],
+            "error[E_USAGE]: --protect needs a value, but the option --bits follows",
+            "give a value: --protect REGEX; see gptq quantize --help",
+        ),
+        (
+            ["quantize", "m", "-o", "--no-pack"],
+            "error[E_USAGE]: -o needs a value, but the option --no-pack follows",
+            "give a value: -o DIR; see gptq quantize --help",
+        ),
         (["inspect", "m", "more"], "takes no further argument", "hint: see gptq inspect --help"),
     ],
 )

@@ -205,6 +205,22 @@ def test_the_time_of_a_run_with_a_goal_names_its_measurement(
     assert "measurement of widths" not in gptq(*words, "--bits", "3").stdout
 
 
+@pytest.mark.parametrize("devices", ["3", "0,1,2", "cpu:3"])
+def test_a_plan_takes_the_devices_of_a_run_or_their_number(
+    devices: str, gptq: Run, model: Path
+) -> None:
+    result = gptq("plan", model, *SETTINGS, "--devices", devices, "--json")
+    assert result.exit_code == 0, result.stderr
+    assert json.loads(result.stdout)["devices"] == 3
+
+
+@pytest.mark.parametrize("devices", ["many", "cpu:0", "-1"])
+def test_a_plan_refuses_devices_that_a_run_refuses(devices: str, gptq: Run, model: Path) -> None:
+    result = gptq("plan", model, *SETTINGS, f"--devices={devices}")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "error[E_CFG_RANGE]: --devices must be numbers of GPUs" in result.stderr
+
+
 def test_time_for_several_devices_is_refused(gptq: Run, model: Path) -> None:
     result = gptq("plan", model, *SETTINGS, "--time", "--devices", "4")
     assert (result.exit_code, result.stdout) == (2, "")
