@@ -17,10 +17,10 @@ if TYPE_CHECKING:
 class PhaseStarted:
     """A part of the command began.
 
-    `name` is "source", "calibration", "gradients", "embeddings", "head", "copy", "verify" or
-    "manifest" in `quantize`, and "dataset" or "evaluation" in `evaluate_perplexity`. In both,
-    "device" names the device, and "text" tells how chats became text. `detail` is a few words about
-    it.
+    `name` is "source", "calibration", "probe", "gradients", "embeddings", "head", "copy", "verify"
+    or "manifest" in `quantize`, and "dataset" or "evaluation" in `evaluate_perplexity`. In both,
+    "device" names the device, and "text" tells how chats became text. "resume" tells which work of
+    an earlier call is used. `detail` is a few words about it.
     """
 
     name: str
@@ -141,14 +141,16 @@ class BlockFinished:
 
 
 @dataclass(frozen=True, slots=True)
-class BlocksDone:
-    """The present phase has passed `done` of `total` blocks, which it does not quantize.
+class StepsDone:
+    """A pass in reverse has done `done` of `total` steps; a part of a step counts as this part.
 
-    A part of a block counts as this part.
+    A step is a block forward, the output head, or a block in reverse. When the present phase began,
+    `before` steps were done.
     """
 
     done: float
     total: int
+    before: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,7 +206,7 @@ class EngineSaid:
 Event = (
     PhaseStarted
     | BytesDone
-    | BlocksDone
+    | StepsDone
     | RunPlanned
     | BlockStarted
     | LayerStarted

@@ -127,7 +127,7 @@ class HarmPass(ReversePass):
         mine = [self._kl_of_head(state, head) for state in self.states]
         total = math.fsum(self.ranks.all_gather(mine))
         if not math.isfinite(total):
-            raise not_finite(HEAD)
+            raise not_finite(HEAD, self.stream.dtype)
         return {HEAD: total / self.tokens}
 
     def _kl_of_head(self, state: Tensor, head: Tensor) -> float:
@@ -176,7 +176,7 @@ class HarmPass(ReversePass):
         for name in self._errors:
             total = math.fsum(piece.get(name, 0.0) for piece in pieces)
             if not math.isfinite(total):
-                raise not_finite(name)
+                raise not_finite(name, self.stream.dtype)
             harms[name] = total / 2 / self.tokens
         self._errors = {}
         return {}, [_rounded(index)], harms

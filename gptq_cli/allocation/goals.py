@@ -117,30 +117,36 @@ def sizes(checkpoint: Checkpoint, config: QuantizeConfig) -> tuple[int, int]:
         uniform = with_group_size(checkpoint, at_width(config, width))
         ends.append(plan_checkpoint(checkpoint, uniform).layout.nbytes)
     if config.target_size is not None:
-        check_size(size_in_bytes(config.target_size), ends[0], ends[1])
+        check_size(config.target_size, ends[0], ends[1])
     return ends[0], ends[1]
 
 
-def check_size(target: int, least: int, most: int) -> None:
-    """Raise ConfigError E_ALLOC_GOAL if no output has at most `target` bytes, or each one has."""
-    if target < least:
-        raise unreachable(f"a target_size of {target} bytes", in_bytes(least), "smallest")
-    if target > most:
-        raise unreachable(f"a target_size of {target} bytes", in_bytes(most), "largest")
+def check_size(target: int | str, least: int, most: int) -> None:
+    """Raise ConfigError E_ALLOC_GOAL if no output is as small as `target`, or each one is."""
+    n_bytes = size_in_bytes(target)
+    if n_bytes < least:
+        raise unreachable(f"--target-size {target}", f"smallest output has {_in_bytes(least)}")
+    if n_bytes > most:
+        raise ConfigError(
+            "E_ALLOC_GOAL",
+            f"--target-size {target} leaves nothing to choose: "
+            f"the largest output has {_in_bytes(most)}",
+            hint="choose a smaller size, or allow other widths with --allow-bits",
+        )
 
 
-def unreachable(goal: str, end: str, which: str) -> ConfigError:
-    """Return the error about a goal beyond what the widths can do."""
+def unreachable(goal: str, least: str) -> ConfigError:
+    """Return the error about a goal that is lower than the `least` that the widths can do."""
     return ConfigError(
         "E_ALLOC_GOAL",
-        f"no choice of widths has {goal}: the {which} is {end}",
+        f"no choice of widths meets {goal}: the {least}",
         hint="choose another goal, or allow other widths with --allow-bits",
     )
 
 
-def in_bytes(n_bytes: int) -> str:
+def _in_bytes(n_bytes: int) -> str:
     """Return a size in words and exactly."""
-    return f"{n_bytes} bytes ({size(n_bytes)})"
+    return f"{size(n_bytes)} ({n_bytes:,} bytes)"
 
 
 def has_average(config: QuantizeConfig) -> bool:

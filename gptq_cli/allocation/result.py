@@ -67,6 +67,7 @@ class AllocateResult:
             "config": to_json(self.config),
             "probe_tokens": measured.probe_tokens,
             "seconds": measured.seconds,
+            "already_measured": measured.already_done,
         }
 
 

@@ -18,7 +18,7 @@ from typing import Any, TypeGuard
 import torch
 
 from gptq_cli.allocation.harms import Measurement
-from gptq_cli.events import Report, Warned, ignore
+from gptq_cli.events import PhaseStarted, Report, Warned, ignore
 from gptq_cli.quantization.resume import Identity, save_tensors
 from gptq_cli.quantization.run_state import SavingTimes
 from gptq_cli.storage.durable import remove, write_json
@@ -87,6 +87,7 @@ def read_measurement(
             continue
         measured = content.get("measured")
         if _is_usable(measured, units):
+            report(PhaseStarted("resume", f"using the measurement of an earlier call, `{file}`"))
             return Measurement(**measured)
         text = f"`{file}` has no usable figures: the run measures again"
         report(Warned("W_RESUME_DAMAGED", text))

@@ -59,7 +59,7 @@ class Allocator:
         if has_average(config):
             return self.with_average(config.bits)
         if config.target_size is not None:
-            return self._with_size(size_in_bytes(config.target_size))
+            return self._with_size(config.target_size)
         assert config.target_kl is not None
         return self._with_kl(config.target_kl)
 
@@ -70,8 +70,8 @@ class Allocator:
         """
         choice = self._by_bits.within(int(bits * self._n_weights))
         if choice is None:
-            least = f"{self.least_bits:.4g} bits"
-            raise unreachable(f"an average of {bits:g} bits", least, "smallest")
+            least = f"smallest average is {self.least_bits:.4g}"
+            raise unreachable(f"--bits {bits:g} on average", least)
         return self._allocation(choice)
 
     def uniform(self, width: int) -> Allocation:
@@ -90,11 +90,12 @@ class Allocator:
             yield self.with_average(step * FRONTIER_STEP)
             step += 1
 
-    def _with_size(self, target: int) -> Allocation:
+    def _with_size(self, goal: int | str) -> Allocation:
         narrowest = [unit.widths[0] for unit in self._units]
         widest = [unit.widths[-1] for unit in self._units]
         least, most = self._size_of(narrowest), self._size_of(widest)
-        check_size(target, least, most)
+        check_size(goal, least, most)
+        target = size_in_bytes(goal)
         budget = target - (least - self._by_bytes.least)
         for _ in range(MOST_TRIES):
             choice = self._by_bytes.within(budget)
@@ -108,8 +109,8 @@ class Allocator:
     def _with_kl(self, target: float) -> Allocation:
         choice = self._by_bytes.below(target)
         if choice is None:
-            best = self.uniform(8).kl
-            raise unreachable(f"a target_kl of {target:g}", f"{best:.3g}", "smallest")
+            least = f"smallest expected KL is {self.uniform(8).kl:.3g}"
+            raise unreachable(f"--target-kl {target:g}", least)
         return self._allocation(choice)
 
     def _options(self, cost: Callable[[Unit, int], int]) -> list[list[Option]]:

@@ -396,7 +396,7 @@ class Part:
         if self.needed_tokens is not None:
             needed = windows_need(self.nsamples, self.seqlen, self.needed_tokens)
             if self.pool.length != self.seqlen:
-                needed += " beside the first token of each"
+                needed += ", because each begins with the BOS token"
         return f"{self.documents.name}, {held}; {needed}"
 
     @property

@@ -52,6 +52,14 @@ Overwrite = Annotated[
 ]
 
 
+MEANINGS = (  # of words in the table
+    "bits = average width of the quantized weights",
+    "bpw = bits per quantized weight, with all that is stored for it",
+    "expected KL = distance from the predictions of the original, in nats a token",
+    "mixed = a width for each unit, with the least expected KL at this average",
+)
+
+
 @o.takes_settings(*o.run_settings())
 def allocate(
     model: o.Model,
@@ -93,7 +101,7 @@ def allocate(
         place = check_configuration(output, overwrite=overwrite, has_goal=resolved.has_goal)
     launch_processes(console, prepared, named, Path.cwd())
     if resolved.has_goal:
-        console.show_notes(notes_on_goal(resolved.config))
+        show_engines_of_goal(console, resolved.config)
     from gptq_cli.allocation.result import allocated_result
     from gptq_cli.allocation.run import measure_model
 
@@ -112,21 +120,25 @@ def allocate(
         console.say(f"next: {shell_words(words)}")
 
 
-def notes_on_goal(goal: QuantizeConfig) -> list[str]:
-    """Return notes about the engines that the widths of a goal exclude, before they are measured.
+def show_engines_of_goal(console: Console, goal: QuantizeConfig) -> None:
+    """Show notes about the engines that the widths of a goal exclude, before they are measured.
 
-    A user who has chosen a target gets none, because only widths that it loads are allowed.
+    A user who has chosen a target gets none, because only widths that it loads are allowed. If the
+    chosen widths exclude the same engines, the plan of the run does not name them again.
     """
     from gptq_cli.allocation.goals import allowed_bits, engines_of_goal
 
     unread = unread_line(engines_of_goal(goal))
     if goal.target is not None or unread is None:
-        return []
+        return
+    console.is_new(unread)
     widths = one_of(allowed_bits(goal))
-    return [
-        f"layers may get {widths} bits; an output with all of these {unread}",
-        "with --target ENGINE, layers get only widths that this engine loads",
-    ]
+    console.show_notes(
+        [
+            f"layers may get {widths} bits; an output with all of these {unread}",
+            "with --target ENGINE, layers get only widths that this engine loads",
+        ]
+    )
 
 
 def allocated(
@@ -165,7 +177,7 @@ def _show(console: Console, result: AllocateResult) -> None:
 
 
 def _table(result: AllocateResult) -> list[str]:
-    """Return the frontier as lines of a table, with the uniform widths between."""
+    """Return the frontier as lines of a table, with the uniform widths between, and its words."""
     entries = []
     known = set()
     for width, entry in result.uniform.items():
@@ -175,7 +187,7 @@ def _table(result: AllocateResult) -> list[str]:
         if entry.allocation.widths not in known:
             entries.append((entry, "mixed"))
     entries.sort(key=lambda pair: (pair[0].allocation.bits, pair[1]))
-    rows = [("bits", "size", "per weight", "expected KL", "widths")]
+    rows = [("bits", "size", "bpw", "expected KL", "widths")]
     for entry, what in entries:
         allocation = entry.allocation
         rows.append(
@@ -187,7 +199,12 @@ def _table(result: AllocateResult) -> list[str]:
                 what,
             )
         )
-    return with_engines(aligned(rows, right={0, 1, 2, 3}), [entry.loads for entry, _ in entries])
+    loads = [entry.loads for entry, _ in entries]
+    return [
+        *with_engines(aligned(rows, right={0, 1, 2, 3}), loads),
+        "",
+        *[fitted(line, indent=8) for line in MEANINGS],
+    ]
 
 
 def _chosen_lines(entry: Entry) -> list[str]:

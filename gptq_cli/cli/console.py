@@ -75,12 +75,12 @@ class Console:
     """The output of one command.
 
     With `as_json` the result is one JSON object; with `quiet` it is as short as is still useful.
-    `warned` holds the warnings that were written: the parts of a command may repeat one.
+    `told` holds warnings and other lines that the parts of a command may repeat.
     """
 
     as_json: bool = False
     quiet: bool = False
-    warned: set[str] = field(default_factory=set, compare=False)
+    told: set[str] = field(default_factory=set, compare=False)
 
     def say(self, line: str) -> None:
         """Write a line of progress or advice on stderr, unless `quiet`."""
@@ -111,9 +111,14 @@ class Console:
     def warn(self, code: str, message: str) -> None:
         """Write a warning on stderr, even if `quiet`, unless it was written before."""
         line = on_one_line(f"warning[{code}]: {message}")
-        if line not in self.warned:
-            self.warned.add(line)
+        if self.is_new(line):
             write(sys.stderr, line)
+
+    def is_new(self, line: str) -> bool:
+        """Note that `line` is told; return whether it was not told before."""
+        is_new = line not in self.told
+        self.told.add(line)
+        return is_new
 
     def advise(self, line: str) -> None:
         """Write a line that the user needs in order to continue on stderr, even if `quiet`."""

@@ -18,7 +18,6 @@ from gptq_cli.cli.console import Console, log, on_one_line, unread_line, visible
 from gptq_cli.errors import clock, counted, size, without_secrets
 from gptq_cli.events import (
     BlockFinished,
-    BlocksDone,
     BlockStarted,
     EngineSaid,
     Event,
@@ -29,6 +28,7 @@ from gptq_cli.events import (
     PhaseStarted,
     Resumed,
     RunPlanned,
+    StepsDone,
     Warned,
     WorkKept,
 )
@@ -43,27 +43,30 @@ SILENCE = 60.0  # seconds after which a log without a new line looks dead
 BAR = 24
 TENTHS = 10  # lines about blocks in a log
 APART = 1.0  # seconds between two lines about bytes, so that a short step has none
-LASTING = ("device", "text")  # phases that stay on a terminal
+LASTING = ("device", "text", "resume")  # phases that stay on a terminal
+ONCE = ("device", "calibration", "text", "source")  # phases that parts of a command repeat
 WITH_BARS = ("upload",)  # phases in which the client of the Hub draws bars of its own
 
 
 class _Step:
-    """A phase, and how many of its bytes or blocks are done; "" in words if none are counted."""
+    """A phase, and how many of its bytes or steps are done; "" in words if none are counted."""
 
     def __init__(self, name: str, began: float) -> None:
         self.name, self.began, self.spoke = name, began, began
         self.tenths = 0
         self.state = ""
-        self.count: BytesDone | BlocksDone = BytesDone(0, 1)
+        self.count: BytesDone | StepsDone = BytesDone(0, 1)
 
-    def advance(self, event: BytesDone | BlocksDone, now: float) -> bool:
+    def advance(self, event: BytesDone | StepsDone, now: float) -> bool:
         """Note the count; return whether a log gets a line: a tenth is done, the last is old."""
-        left = (now - self.began) * (event.total - event.done) / event.done
+        done_now = event.done
+        whole = size(event.total)
+        if isinstance(event, StepsDone):
+            done_now -= event.before
+            whole = counted(event.total, "step")
+        left = (now - self.began) * (event.total - event.done) / done_now
         percent = int(100 * event.done / event.total)
         self.count = event
-        whole = size(event.total)
-        if isinstance(event, BlocksDone):
-            whole = counted(event.total, "block")
         self.state = f"{percent} % of {whole}, {clock(left)} left"
         tenths = int(TENTHS * event.done / event.total)
         if tenths == self.tenths or now - self.spoke < APART:
@@ -135,11 +138,17 @@ class Progress:
         hidden = self._is_between(event)
         if self._live:
             hidden = not self._lasts(event)
-        if hidden:
+        if hidden or self._is_repeated(event, line):
             log.write(on_one_line(line))
             return
         self._last_line = self._now()
         self._console.say(line)
+
+    def _is_repeated(self, event: Event, line: str) -> bool:
+        """Return whether an earlier part of the command has said the same about its beginning."""
+        if not isinstance(event, PhaseStarted) or event.name not in ONCE:
+            return False
+        return not self._console.is_new(line)
 
     def _lasts(self, event: Event) -> bool:
         """Return whether the line for an event stays above the live view, which shows the rest."""
@@ -148,7 +157,7 @@ class Progress:
                 return event.name in LASTING
             case BlockFinished():  # of an evaluation it has no errors
                 return bool(self._solved)
-            case BytesDone() | BlocksDone():
+            case BytesDone() | StepsDone():
                 return False
         return True
 
@@ -160,9 +169,12 @@ class Progress:
         return before // event.n_blocks == now // event.n_blocks
 
     def _say_unread(self, event: RunPlanned) -> None:
-        """Name the engines that will not load the output, unless the user chose one as target."""
+        """Name the engines that will not load the output, unless the user chose one as target.
+
+        They are not named again if a goal has made them known already.
+        """
         unread = unread_line(event.engines)
-        if unread is not None and event.target is None:
+        if unread is not None and event.target is None and self._console.is_new(unread):
             self._console.say(f"note: the output {unread}")
 
     def _remember(self, event: Event) -> None:
@@ -198,7 +210,7 @@ class Progress:
                 return _planned(event)
             case PhaseStarted():
                 return self._layer
-            case BytesDone() | BlocksDone() if self._step.advance(event, self._now()):
+            case BytesDone() | StepsDone() if self._step.advance(event, self._now()):
                 return f"{self._step.name}: {self._step.state}"
             case BlockFinished():
                 return self._finished_line(event)

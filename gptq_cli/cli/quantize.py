@@ -36,7 +36,14 @@ from gptq_cli.config.schema import NO_LORA, QuantizeConfig
 from gptq_cli.config.serving import LOADS
 from gptq_cli.errors import ConfigError, GptqError, InputError, shell_word, shell_words, size
 from gptq_cli.files import is_directory, resolved
-from gptq_cli.storage.work_directory import RUN, output_of, read_run, refuse_foreign, work_of
+from gptq_cli.storage.work_directory import (
+    RUN,
+    output_of,
+    read_run,
+    refuse_foreign,
+    resume_command,
+    work_of,
+)
 
 if TYPE_CHECKING:
     from gptq_cli.calibration.corpus import DatasetSource
@@ -168,9 +175,9 @@ def _carry_out(
     from gptq_cli.planning.checks import scanning
 
     if goal.allocates:
-        from gptq_cli.cli.allocate import notes_on_goal
+        from gptq_cli.cli.allocate import show_engines_of_goal
 
-        console.show_notes(notes_on_goal(goal))
+        show_engines_of_goal(console, goal)
     with (
         scanning(prepared, reads=is_first_here()) as prepared,
         working(console, prepared, devices, prepared.output) as (worker, progress),
@@ -497,11 +504,10 @@ def resume(
     begun, output = _read(work)
     if begun.config.trust_remote_code and not trust_remote_code:
         code = f"Python code that comes with `{begun.model}`"
-        again = f"gptq resume {shell_word(str(work))} --trust-remote-code"
         raise InputError(
             "E_REMOTE_CODE",
             f"the run in `{work}` needs {code}",
-            hint=f"read that code, then: {again}",
+            hint=f"read that code, then: {resume_command(work)}",
         )
     named = parse_devices(devices)
     if is_directory(begun.directory):
@@ -526,6 +532,21 @@ def resume(
     _carry_out(console, prepared, config, named, with_page=False, evaluate=evaluate)
 
 
+def _nothing_to_resume(work: Path, output: Path | None) -> InputError:
+    """Return the error about a work directory without a run, whose output may be complete."""
+    from gptq_cli.storage.manifest import read_manifest
+
+    if output is not None and read_manifest(output) is not None:
+        message = f"`{output}` is complete, so there is nothing to resume"
+        hint = f"use it as it is; gptq verify {shell_word(str(output))} checks it"
+        return InputError("E_RESUME_NOTHING", message, hint=hint)
+    message = f"`{work}` holds no unfinished run"
+    if not is_directory(work):
+        message = f"there is no unfinished run: `{work}` does not exist"
+    hint = "give the output of a run that ended early, or the hidden .OUT.gptq-work beside it"
+    return InputError("E_RESUME_NOTHING", message, hint=hint)
+
+
 class _Begun(BaseModel):
     """The command that began a run, as run.json holds it."""
 
@@ -547,11 +568,7 @@ def _read(work: Path) -> tuple[_Begun, Path]:
     """
     output = output_of(work)
     if output is None or not (work / RUN).is_file():
-        message = f"`{work}` holds no unfinished run"
-        if not is_directory(work):
-            message = f"there is no unfinished run: `{work}` does not exist"
-        hint = "give the output of a run that ended early, or the hidden .OUT.gptq-work beside it"
-        raise InputError("E_RESUME_NOTHING", message, hint=hint)
+        raise _nothing_to_resume(work, output)
     refuse_foreign(work)
     try:
         return _Begun.model_validate((read_run(work) or {})["request"]), output

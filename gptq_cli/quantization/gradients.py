@@ -155,14 +155,14 @@ class _Summing(ReversePass):
                 continue
             joined[name] = torch.cat([piece[name] for piece in pieces]).cpu()
             if not joined[name].isfinite().all():
-                raise not_finite(name)
+                raise not_finite(name, self.stream.dtype)
         return joined
 
     def _whole(self, name: str, seen: HessianOfBatches) -> Tensor:
         """Return the sum [O, O] over all processes."""
         whole: HessianAccumulator = self.ranks.sum_hessians(seen, self.n_pieces)
         if whole.first_not_finite() is not None:
-            raise not_finite(name)
+            raise not_finite(name, self.stream.dtype)
         return whole.hessian
 
 

@@ -250,7 +250,8 @@ class LayerSolver:
             self.run.report(LayerStarted(layer.name))
         self.run.limits.check_time()
         first_layers = [layers[0] for layers in together]
-        with located(first_layers, windows=partial(self._windows, inputs)):
+        windows, dtype = partial(self._windows, inputs), self.run.stream.dtype
+        with located(first_layers, windows=windows, dtype=dtype):
             usable = self._usable(inputs, config)
         if self.device.type == "cpu":
             give_back_freed_tensors()  # of forwards and of factorising: solving wants as much
@@ -545,23 +546,28 @@ def row_parts(layers: Sequence[LayerPlan], most: int) -> list[list[Rows]]:
 
 @contextmanager
 def located(
-    together: Sequence[LayerPlan], rows: Sequence[int] = (), windows: Callable[[int], str] = str
+    together: Sequence[LayerPlan],
+    rows: Sequence[int] = (),
+    windows: Callable[[int], str] = str,
+    dtype: torch.dtype | None = None,
 ) -> Iterator[None]:
     """Turn an error of the solver in the body into one that names its layer and gives advice.
 
     An error of a Hessian belongs to the layer of `together` with the number of its first expert.
     `rows` are the numbers of rows of the layers in `together`; `windows` returns the place in the
-    text of the first input of an expert that was not finite.
+    text of the first input of an expert that was not finite. `dtype` is that of the inputs.
     """
     try:
         yield
     except NonFiniteHessianError as error:
         expert = error.experts[0]
+        hint = "round such layers to nearest: --on-numeric-fault rtn"
+        if dtype != torch.float32:
+            hint = f"run the model in float32: --dtype float32, or {hint}"
         raise GateError(
             "E_NUM_ACT",
             f"layer `{together[expert].name}`: its inputs hold NaN or infinity{windows(expert)}",
-            hint="run the model in float32: --dtype float32, "
-            "or round such layers: --on-numeric-fault rtn",
+            hint=hint,
         ) from error
     except NotPositiveDefiniteError as error:
         layer = together[error.experts[0]]

@@ -32,7 +32,16 @@ from gptq_cli.checkpoint.source import Checkpoint
 from gptq_cli.checkpoint.verify import check_manifest, refuse_damaged
 from gptq_cli.checkpoint.writer import CheckpointWriter
 from gptq_cli.config.schema import QuantizeConfig
-from gptq_cli.errors import ExistsError, GateError, GptqError, InputError, __version__, size
+from gptq_cli.errors import (
+    ExistsError,
+    GateError,
+    GptqError,
+    InputError,
+    __version__,
+    counted,
+    cut,
+    size,
+)
 from gptq_cli.events import (
     ExpertsCovered,
     LayerReport,
@@ -60,6 +69,7 @@ from gptq_cli.storage.work_directory import (
 
 # A release that writes other bytes, or saves its work in another form, counts this up.
 REVISION = 9
+SHOWN, LONGEST = 4, 100  # differences in a message, and letters of each
 
 Identity = dict[str, Any]
 
@@ -131,6 +141,35 @@ def differences(known: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str
         if old.get(name) != new.get(name):
             lines.append(f"{name} was {_word(old, name)}, is {_word(new, name)}")
     return lines
+
+
+def in_words(different: Sequence[str]) -> str:
+    """Return `differences` for a user: with options and in words, each once, and not too many.
+
+    >>> in_words(["config.bits was 4, is 3", 'source.files.a.json was "5ea1", is "c0de"'])
+    '--bits was 4, is 3; `a.json` of the model is not the same'
+    """
+    found = list(dict.fromkeys(map(_in_words, different)))
+    if len(found) > SHOWN:
+        found[SHOWN:] = [f"{len(found) - SHOWN} more"]
+    return "; ".join(found)
+
+
+def _in_words(line: str) -> str:
+    """Return a line of `differences` in words; values that are hashes say nothing to a user."""
+    name, _, values = line.partition(" was ")
+    field = name.removeprefix("config.")
+    if name == "calibration_sha256" or (field == "dataset" and "sha256" in values):
+        return "the calibration text is another one"
+    if field == "chat_template":
+        return "the chat template is another one"
+    if name.startswith("source.files."):
+        return f"`{name.removeprefix('source.files.')}` of the model is not the same"
+    if field == name:
+        return cut(line, LONGEST)
+    if field.startswith("dynamic"):
+        return "the rules of --dynamic differ"
+    return cut(f"--{field.replace('_', '-')} was {values}", LONGEST)
 
 
 def _device(device: torch.device) -> dict[str, Any]:
@@ -347,9 +386,9 @@ def check_resumable(
     if policy == "auto" and drop_failed(work, report):
         return
     hint = _way_out(different, run["request"], request, work, model)
-    finished = f"{n_blocks} finished blocks of a run with other settings"
+    finished = f"{counted(n_blocks, 'finished block')} of a run with other settings"
     raise ExistsError(
-        "E_RESUME_MISMATCH", f"`{work.path}` holds {finished}: {'; '.join(different)}", hint=hint
+        "E_RESUME_MISMATCH", f"`{work.path}` holds {finished}: {in_words(different)}", hint=hint
     )
 
 
@@ -428,15 +467,16 @@ def finished_output(
         return None
     hint = overwrite_hint(output)
     different = differences(manifest.get("identity", {}), identity)
+    why = in_words(different)
     if not different:
         defects = check_manifest(output, full=True, report=report)[1]
         if not defects:
             return manifest
-        different = [_difference(defect) for defect in defects]
+        why = "; ".join(map(_difference, defects))
         if all(defect.effect == "readers" for defect in defects):
             hint = "move the files that are not of the checkpoint away, or choose another -o"
     if not overwrite:
-        message = f"`{output}` is not what this run writes: {'; '.join(different)}"
+        message = f"`{output}` is not what this run writes: {why}"
         raise ExistsError("E_OUT_EXISTS", message, hint=hint)
     check_replaceable(output, model)
     return None

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from gptq_cli.config.layer import expert_part, keeping
-from gptq_cli.events import BlocksDone, PhaseStarted, Report, Warned
+from gptq_cli.events import PhaseStarted, Report, StepsDone, Warned
 from gptq_cli.files import is_file
 from gptq_cli.models.block_calls import Call, State
 from gptq_cli.models.skeleton import place
@@ -169,6 +169,7 @@ class ReversePass:
         earlier = pieces[: self.share.start]
         self._first_token = sum(token_ids(piece).numel() for piece in earlier)
         self.n_steps = 2 * self.n_blocks + 1  # the output head is one
+        self._before = 0  # the steps that were done when the present phase began
         self.found: list[Any] = []
         self.states: list[Tensor] = []  # of the pieces, before the next block
         self._gradients: list[Tensor] = []  # at the states after the next block in reverse
@@ -218,22 +219,24 @@ class ReversePass:
         self._embed()
         done, n_blocks = self._resume(), self.n_blocks
         if done < n_blocks:
-            self._tell("forward")
+            self._tell("forward", done)
         for index in range(done, n_blocks):
             self._timed(partial(self._forward, index))
         if done < self.n_steps:
-            self._tell("backward, from the output head on")
+            self._tell("backward, from the output head on", max(done, n_blocks))
         if done <= n_blocks:
             self._timed(self._at_the_end)
         for index in reversed(range(min(n_blocks, self.n_steps - done))):
             self._timed(partial(self._backward, index))
 
-    def _tell(self, what: str) -> None:
+    def _tell(self, what: str, done: int) -> None:
+        """Report a phase, before which `done` steps are done."""
+        self._before = done
         self._report(PhaseStarted("gradients", f"{self.tokens:,} tokens {what}"))
 
     def _timed(self, step: Callable[[], None]) -> None:
         """Do a step, unless the limits of time or memory end the run before it."""
-        self.run.limits.check_time_for_block()
+        self.run.limits.check_time_for_block("step")
         self.run.budget.memory.check_host()
         started = time.perf_counter()
         step()
@@ -262,7 +265,8 @@ class ReversePass:
         done = len(self.found)
         if not 0 < done < self.n_steps:
             return done
-        self._report(PhaseStarted("resume", f"{done} of {self.n_steps} steps of the gradients"))
+        finished = f"{done} of {self.n_steps} steps of the pass for gradients are finished"
+        self._report(PhaseStarted("resume", finished))
         if done <= self.n_blocks:
             self.states = self._read(_states(done))
         else:
@@ -297,24 +301,23 @@ class ReversePass:
             states[_states(0)] = [*self.states]
         with self._block(index, index + 1) as block:
             files, needless = self.forward_block(index, block)
-            for number, state in self._counted(self.states, index, self.n_blocks):
+            for number, state in self._counted(self.states, index):
                 on_device = state.to(self.stream.device)
                 self.states[number] = _hidden(block.run(len(self.ahead) + number, on_device))
         states[_states(index + 1)] = self.states
         self._finish(states, files, needless, None)
 
-    def _counted(
-        self, items: Sequence[Item], done: int, n_blocks: int
-    ) -> Iterator[tuple[int, Item]]:
-        """Yield the items of a block with their numbers, and report each that was worked on.
+    def _counted(self, items: Sequence[Item], done: int) -> Iterator[tuple[int, Item]]:
+        """Yield the items of a step with their numbers, and report each that was worked on.
 
-        `done` of `n_blocks` blocks were passed before this one.
+        `done` steps were finished before this one.
         """
         for number, item in enumerate(items):
             yield number, item
-            self._report(BlocksDone(done + (number + 1) / len(items), n_blocks))
+            part = (number + 1) / len(items)
+            self._report(StepsDone(done + part, self.n_steps, self._before))
         if not items:  # other processes have them
-            self._report(BlocksDone(done + 1, n_blocks))
+            self._report(StepsDone(done + 1, self.n_steps, self._before))
 
     def _at_the_end(self) -> None:
         """Take the gradient at the hidden states after the last block, for labels drawn there."""
@@ -331,7 +334,7 @@ class ReversePass:
         drawn = torch.rand(self.tokens, generator=random)[self._first_token :]
         self._gradients = []
         with _differentiating("the output head"):
-            for _, state in self._counted(self.states, 0, self.n_blocks + 1):
+            for _, state in self._counted(self.states, self.n_blocks):
                 parts = self.parts_for_logits(state)
                 found = []
                 for few in parts:
@@ -361,8 +364,8 @@ class ReversePass:
     def _reverse(
         self, index: int, block: LoadedBlock, states: Sequence[Tensor], names: Sequence[str]
     ) -> None:
-        done = self.n_blocks - index
-        for number, state in self._counted(states, done, self.n_blocks + 1):
+        done = 2 * self.n_blocks - index
+        for number, state in self._counted(states, done):
             on_device = state.to(self.stream.device)
             gradient = self._gradients[number].to(self.stream.device)
             call, note = block.calls[len(self.ahead) + number], partial(self.note, number)
@@ -522,9 +525,11 @@ def differentiable(call: Call) -> Call:
     return Call(args, kwargs, call.positional, call.added)
 
 
-def not_finite(name: str) -> NoGradientError:
-    """Return the error for a linear whose gradients hold NaN or infinity."""
+def not_finite(name: str, dtype: torch.dtype) -> NoGradientError:
+    """Return the error for a linear whose gradients hold NaN or infinity in `dtype`."""
     why = f"the gradient at the outputs of `{name}` is not finite"
+    if dtype == torch.float32:
+        return NoGradientError(why)
     return NoGradientError(why, "run the model in float32: --dtype float32")
 
 

@@ -196,23 +196,26 @@ class Limits:
         """Whether the time is limited."""
         return math.isfinite(self._seconds)
 
-    def check_time_for_block(self) -> None:
-        """Raise PausedError E_PAUSED if a block as long as the longest so far would be late."""
+    def check_time_for_block(self, what: str = "block") -> None:
+        """Raise PausedError E_PAUSED if a block as long as the longest so far would be late.
+
+        `what` is the word for it: the steps of a pass are limited, too.
+        """
         if self._now() + self._longest > self._end:
-            self._pause("the next block would not finish")
+            self._pause(f"the next {what} would not finish", what)
 
     def check_time(self, what: str = "the current block") -> None:
         """Raise PausedError E_PAUSED if the time is over; `what` is done only as a whole."""
         if self._now() > self._end:
             self._pause(f"{what}, which will start over, did not finish")
 
-    def _pause(self, what: str) -> NoReturn:
+    def _pause(self, why: str, what: str = "block") -> NoReturn:
         """Raise PausedError; if blocks are kept, WorkKept shows the command that resumes."""
         hint = None
         if not self._longest:
-            hint = "this call has finished no block: allow more time"
+            hint = f"this call has finished no {what}: allow more time"
         limit = f"--max-runtime ({self._seconds:g} s)"
-        raise PausedError("E_PAUSED", f"{what} within {limit}", hint=hint)
+        raise PausedError("E_PAUSED", f"{why} within {limit}", hint=hint)
 
     def add_block(self, seconds: float) -> None:
         """Note how long a block took."""

@@ -382,10 +382,13 @@ def read_run(work: Path) -> dict[str, Any] | None:
 
 
 def resume_command(work: Path) -> str:
-    """Return the command that resumes the run of a work directory."""
+    """Return the command that resumes the run of a work directory; it names the output."""
     run = read_run(work) or {"request": {}}
     config = run["request"].get("config")
-    command = f"gptq resume {shell_word(str(work))}"
+    named = output_of(work)
+    if named is None or work_of(named) != work:
+        named = work
+    command = f"gptq resume {shell_word(str(named))}"
     if isinstance(config, dict) and config.get("trust_remote_code"):
         command += " --trust-remote-code"
     return command

@@ -16,7 +16,7 @@ from gptq_cli.allocation.harms import REFERENCE
 from gptq_cli.allocation.run import MeasuredModel, Place, measure_model
 from gptq_cli.config.layer import LayerConfig
 from gptq_cli.config.schema import QuantizeConfig
-from gptq_cli.events import BlocksDone, Event, Report, ignore
+from gptq_cli.events import Event, Report, StepsDone, ignore
 from gptq_cli.planning.checks import RunOptions, prepare_run
 from gptq_cli.planning.measuring import QUICK
 from gptq_cli.runtime.device import Worker
@@ -51,7 +51,7 @@ def measure(
 
 def ends_step(event: Event) -> bool:
     """Return whether the last piece of the probe has passed a block."""
-    return isinstance(event, BlocksDone) and event.done == int(event.done)
+    return isinstance(event, StepsDone) and event.done == int(event.done)
 
 
 def figures(file: Path) -> dict[str, Any]:

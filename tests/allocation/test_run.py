@@ -13,7 +13,7 @@ from gptq_cli import allocate, quantize
 from gptq_cli.allocation.first_order import HarmPass
 from gptq_cli.allocation.harms import Measurement
 from gptq_cli.errors import InputError, size
-from gptq_cli.events import BlockFinished, BlocksDone, Event, PhaseStarted, Report, WorkKept
+from gptq_cli.events import BlockFinished, Event, PhaseStarted, Report, StepsDone, WorkKept
 from gptq_cli.quantization.run_state import SavingTimes
 from gptq_cli.runtime import device
 from tests.allocation.measuring import ends_step, goal
@@ -93,7 +93,7 @@ def test_a_run_with_a_goal_warns_of_slow_16_bits_once_and_before_it_measures(
     wanted = goal(bits=2.5, dtype="auto", device="cpu")
     quantize(model, wanted, tmp_path / "out", on_event=events.append)
     assert len(messages(events, "W_SLOW_DTYPE")) == 1
-    measured = [type(event) for event in events].index(BlocksDone)
+    measured = [type(event) for event in events].index(StepsDone)
     assert len(messages(events[:measured], "W_SLOW_DTYPE")) == 1
 
 

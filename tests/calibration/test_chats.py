@@ -456,7 +456,7 @@ def test_a_first_token_before_each_window_is_told_apart(tmp_path: Path) -> None:
     (tmp_path / "x.txt").write_text("what is one and one? " * 100)
     settings = config(dataset=str(tmp_path / "x.txt"), seqlen=8, nsamples=4)
     [part] = read_parts(directory, settings, calibration_sources(settings))
-    assert part.summary.endswith("4 windows of 8 need 28 beside the first token of each")
+    assert part.summary.endswith("4 windows of 8 need 28, because each begins with the BOS token")
     assert {len(window) for window in part.pool.windows} == {8}
     assert {window[0] for window in part.pool.windows} == {BOS}
 
@@ -498,7 +498,7 @@ def test_another_template_is_another_run_and_another_path_is_not(
         run(template, report=killer(0))
     # The comment changes no token: the file itself belongs to the identity.
     template.write_text("{# a comment #}" + TEMPLATE)
-    with pytest.raises(ExistsError, match=r"other settings: config\.chat_template was \"sha256 "):
+    with pytest.raises(ExistsError, match=r"other settings: the chat template is another one$"):
         run(template)
     template.write_text(TEMPLATE)
     assert run(shutil.copy(template, tmp_path / "b.jinja")) == 1

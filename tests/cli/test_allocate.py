@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from gptq_cli.cli.allocate import notes_on_goal
+from gptq_cli.cli.allocate import show_engines_of_goal
+from gptq_cli.cli.console import Console
 from gptq_cli.config.resolve import load_config
 from gptq_cli.config.schema import QuantizeConfig
 from tests.families import save_model, texts
@@ -66,15 +67,20 @@ def test_a_target_size_is_met_from_below_by_less_than_a_unit(gptq: Run, place: P
     assert said[place_of_note + 1].startswith("note: with --target ENGINE")
     measured = [number for number, line in enumerate(said) if line.startswith("block 1/")]
     assert place_of_note < measured[0]
+    for beginning in ("device: ", "calibration: ", "text: ", "source: "):
+        assert len([line for line in said if line.startswith(beginning)]) == 1
+    assert done.stderr.count("vllm, sglang") == 1
 
 
 @pytest.mark.parametrize("widths", [[2, 3, 4, 8], [4, 8]])
 def test_a_run_with_a_goal_names_the_engines_that_the_plan_names(
-    widths: list[int], gptq: Run, place: Path
+    widths: list[int], gptq: Run, place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     allowed = "--allow-bits=" + ",".join(map(str, widths))
     plan = gptq("plan", *settings(place), "--bits=5", allowed, "--json")
-    note, _ = notes_on_goal(QuantizeConfig(bits=5, group_size=32, allow_bits=widths))
+    goal = QuantizeConfig(bits=5, group_size=32, allow_bits=widths)
+    show_engines_of_goal(Console(), goal)
+    note, _ = capsys.readouterr().err.splitlines()
     named = note.partition(" does not load in ")[2].split(", ")
     for engine, verdict in json.loads(plan.stdout)["engines"].items():
         assert (engine in named) == (verdict["outcome"] in ("no", "wrong"))
@@ -82,8 +88,12 @@ def test_a_run_with_a_goal_names_the_engines_that_the_plan_names(
 
 
 @pytest.mark.parametrize("target", ["vllm", "gptqmodel"])
-def test_a_run_for_a_target_has_no_note_about_engines(target: str) -> None:
-    assert notes_on_goal(QuantizeConfig(bits=5, allow_bits=[4, 8], target=target)) == []
+def test_a_run_for_a_target_has_no_note_about_engines(
+    target: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    goal = QuantizeConfig(bits=5, allow_bits=[4, 8], target=target)
+    show_engines_of_goal(Console(), goal)
+    assert capsys.readouterr() == ("", "")
 
 
 def test_the_written_rules_do_what_quantize_does_alone(gptq: Run, place: Path) -> None:
@@ -109,8 +119,10 @@ def test_the_result_shows_the_frontier_and_the_width_of_each_unit(gptq: Run, pla
     result = gptq("allocate", *settings(place), WIDTHS, "--bits=3.5")
     assert result.exit_code == 0, result.stderr
     lines = result.stdout.splitlines()
-    assert lines[2].split()[:4] == ["bits", "size", "per", "weight"]
-    assert [line.split()[0] for line in lines if " all " in line] == ["2.00", "3.00", "4.00"]
+    assert lines[2].split()[:5] == ["bits", "size", "bpw", "expected", "KL"]
+    words = [line.partition(" = ")[0] for line in lines if " = " in line]
+    assert words == ["bits", "bpw", "expected KL", "mixed"]
+    assert [line.split()[0] for line in lines if "  all " in line] == ["2.00", "3.00", "4.00"]
     (chosen,) = [line for line in lines if line.startswith("chosen: ")]
     assert "bits on average" in chosen
     assert lines[0].endswith(
@@ -182,15 +194,15 @@ def test_a_written_configuration_is_named_with_its_use(gptq: Run, place: Path) -
     [
         (
             ["--target-size=1KB"],
-            "error[E_ALLOC_GOAL]: no choice of widths has a target_size of 1000 bytes: "
-            "the smallest is",
+            "error[E_ALLOC_GOAL]: no choice of widths meets --target-size 1KB: "
+            "the smallest output has",
             "choose another goal, or allow other widths with --allow-bits",
         ),
         (
             ["--target-size=1GB"],
-            "error[E_ALLOC_GOAL]: no choice of widths has a target_size of 1000000000 bytes: "
-            "the largest is",
-            "choose another goal, or allow other widths with --allow-bits",
+            "error[E_ALLOC_GOAL]: --target-size 1GB leaves nothing to choose: "
+            "the largest output has",
+            "choose a smaller size, or allow other widths with --allow-bits",
         ),
         (
             ["--bits=3.5", "--target=vllm"],
@@ -253,7 +265,8 @@ def test_a_goal_that_cannot_be_met_is_refused_by_the_plan(
     [
         (
             ["--target-kl=1e-9", "--allow-bits=2,3"],
-            "error[E_ALLOC_GOAL]: no choice of widths has a target_kl of 1e-09: the smallest is",
+            "error[E_ALLOC_GOAL]: no choice of widths meets --target-kl 1e-09: "
+            "the smallest expected KL is",
             "choose another goal",
         ),
         (
@@ -263,8 +276,8 @@ def test_a_goal_that_cannot_be_met_is_refused_by_the_plan(
         ),
         (
             ["--bits=2.1", "--allow-bits=2,4", "--protect=.*"],
-            "error[E_ALLOC_GOAL]: no choice of widths has an average of 2.1 bits: "
-            "the smallest is 4 bits",
+            "error[E_ALLOC_GOAL]: no choice of widths meets --bits 2.1 on average: "
+            "the smallest average is 4",
             "choose another goal",
         ),
     ],
@@ -366,8 +379,24 @@ def test_a_goal_out_of_reach_is_refused_before_the_measurement(
         words += ["-o", str(tmp_path / "out")]
     result = gptq(command, *settings(place), *words)
     assert (result.exit_code, result.stdout) == (2, "")
-    assert "error[E_ALLOC_GOAL]: no choice of widths has a" in result.stderr
+    assert (
+        f"error[E_ALLOC_GOAL]: no choice of widths meets {goal.replace('=', ' ')}" in result.stderr
+    )
     assert "probe" not in result.stderr
+
+
+def test_a_measurement_of_an_earlier_call_is_named(gptq: Run, place: Path, tmp_path: Path) -> None:
+    file = tmp_path / "twice.yaml"
+    words = [*settings(place), WIDTHS, "--json", "--overwrite", "-o", file]
+    first = gptq("allocate", *words, "--bits=2.5")
+    again = gptq("allocate", *words, "--bits=3.5")
+    named = f"resume: using the measurement of an earlier call, `{tmp_path}/twice.json`"
+    assert named not in first.stderr
+    assert named in again.stderr.splitlines()
+    assert "gradients: " in first.stderr
+    assert "gradients: " not in again.stderr
+    found = [json.loads(result.stdout)["already_measured"] for result in (first, again)]
+    assert found == [False, True]
 
 
 def test_help_tells_that_overwrite_replaces_a_configuration(gptq: Run) -> None:

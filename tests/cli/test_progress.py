@@ -12,11 +12,11 @@ from gptq_cli.cli.console import Console
 from gptq_cli.cli.progress import APART, SILENCE, Progress
 from gptq_cli.events import (
     BlockFinished,
-    BlocksDone,
     BlockStarted,
     LayerSolved,
     PhaseStarted,
     Report,
+    StepsDone,
 )
 from gptq_cli.files import BytesDone
 
@@ -87,7 +87,7 @@ def test_a_log_gets_a_line_for_each_tenth_of_the_bytes(capsys: pytest.CaptureFix
     assert lines[-1] == "verify: 100 % of 200 MB, 0:00:00 left"
 
 
-def test_a_log_gets_a_line_for_each_tenth_of_the_blocks_of_a_pass(
+def test_a_log_gets_a_line_for_each_tenth_of_the_steps_of_a_pass(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     now = [0.0]
@@ -95,16 +95,32 @@ def test_a_log_gets_a_line_for_each_tenth_of_the_blocks_of_a_pass(
     progress(PhaseStarted("gradients", "16,384 tokens backward"))
     for done in range(1, 31):
         now[0] += 60
-        progress(BlocksDone(done, 30))
+        progress(StepsDone(done, 30))
     lines = capsys.readouterr().err.splitlines()
     assert lines[:2] == [
         "gradients: 16,384 tokens backward",
-        "gradients: 10 % of 30 blocks, 0:27:00 left",
+        "gradients: 10 % of 30 steps, 0:27:00 left",
     ]
     assert len(lines) == 11
 
 
-def test_a_part_of_a_block_counts_in_the_progress_of_a_pass(
+def test_the_time_left_of_a_pass_counts_only_steps_of_its_phase(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    now = [0.0]
+    progress = Progress(Console(), now=lambda: now[0])
+    progress(PhaseStarted("gradients", "16,384 tokens backward"))
+    for done in (5, 6, 7):
+        now[0] += 60
+        progress(StepsDone(done, 9, before=4))
+    assert capsys.readouterr().err.splitlines()[1:] == [
+        "gradients: 55 % of 9 steps, 0:04:00 left",
+        "gradients: 66 % of 9 steps, 0:03:00 left",
+        "gradients: 77 % of 9 steps, 0:02:00 left",
+    ]
+
+
+def test_a_part_of_a_step_counts_in_the_progress_of_a_pass(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     now = [0.0]
@@ -112,12 +128,12 @@ def test_a_part_of_a_block_counts_in_the_progress_of_a_pass(
     progress(PhaseStarted("gradients", "16,384 tokens backward"))
     for done in (0.5, 0.75):
         now[0] += 60
-        progress(BlocksDone(done, 2))
+        progress(StepsDone(done, 2))
     assert capsys.readouterr().err.splitlines()[1:] == [
-        "gradients: 25 % of 2 blocks, 0:03:00 left",
-        "gradients: 37 % of 2 blocks, 0:03:20 left",
+        "gradients: 25 % of 2 steps, 0:03:00 left",
+        "gradients: 37 % of 2 steps, 0:03:20 left",
     ]
-    assert progress._view().startswith("gradients █████████░░░░░░░░░░░░░░░ 37 % of 2 blocks")
+    assert progress._view().startswith("gradients █████████░░░░░░░░░░░░░░░ 37 % of 2 steps")
 
 
 @pytest.mark.parametrize(("seconds", "n_lines"), [(0.9 * APART, 0), (3.1 * APART, 3)])
@@ -199,6 +215,36 @@ def test_finished_blocks_stay_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> 
         "block 2/2 model.layers.1 error 2.0e-04 (rtn 6.0e-04) 18.2 s eta 0:00:00 mem 2.15 GB",
     ):
         assert line in [found.strip() for found in plain.splitlines()]
+
+
+def test_a_terminal_keeps_the_line_about_work_of_an_earlier_call(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setattr(Console, "say", lambda _, line: said.append(line))
+    with Progress(Console()) as progress:
+        progress(PhaseStarted("resume", "5 of 9 steps are finished"))
+        progress(PhaseStarted("gradients", "16,384 tokens backward"))
+    assert said == ["resume: 5 of 9 steps are finished"]
+
+
+def test_what_parts_of_a_command_repeat_is_said_once(capsys: pytest.CaptureFixture[str]) -> None:
+    console = Console()
+    for text in ("a.txt, 90 tokens", "a.txt, 90 tokens", "b.txt, 70 tokens"):
+        with Progress(console) as progress:
+            progress(PhaseStarted("device", "1 thread of the CPU"))
+            progress(PhaseStarted("text", text))
+            progress(PhaseStarted("verify", "the hashes of 4 MB"))
+    assert capsys.readouterr().err.splitlines() == [
+        "device: 1 thread of the CPU",
+        "text: a.txt, 90 tokens",
+        "verify: the hashes of 4 MB",
+        "verify: the hashes of 4 MB",
+        "text: b.txt, 70 tokens",
+        "verify: the hashes of 4 MB",
+    ]
 
 
 def test_blocks_without_errors_leave_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,8 +14,8 @@ from gptq_cli.cli.console import Console
 from gptq_cli.cli.progress import Progress
 from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.events import Resumed, WorkKept
-from gptq_cli.storage.manifest import sealed
-from gptq_cli.storage.work_directory import resume_command, write_run
+from gptq_cli.storage.manifest import sealed, write_manifest
+from gptq_cli.storage.work_directory import output_of, resume_command, write_run
 
 from .conftest import FakeQuantizer, Run
 
@@ -47,7 +47,7 @@ def trusting() -> dict[str, Any]:
 @pytest.mark.parametrize("config", [None, 7, [], "x"])
 def test_resume_command_takes_any_run_file(config: object, tmp_path: Path) -> None:
     work = begun(tmp_path, config=config)
-    assert resume_command(work) == f"gptq resume {work}"
+    assert resume_command(work) == f"gptq resume {tmp_path / 'o'}"
     assert resume_command(tmp_path) == f"gptq resume {tmp_path}"
 
 
@@ -263,10 +263,29 @@ def test_a_run_with_remote_code_needs_consent_again(
     first, *_, hint = result.stderr.splitlines()
     needs_code = f"the run in `{work}` needs Python code that comes with `org/m`"
     assert first == f"error[E_REMOTE_CODE]: {needs_code}"
-    assert hint == f"hint: read that code, then: gptq resume {work} --trust-remote-code"
+    assert hint == f"hint: read that code, then: gptq resume {tmp_path / 'o'} --trust-remote-code"
     assert quantizer.calls == []
     assert gptq("resume", work, "--trust-remote-code").exit_code == 0
     assert quantizer.calls[0]["config"] == QuantizeConfig(**trusting())
+
+
+def test_the_resume_command_of_an_output_that_looks_like_work_names_the_work() -> None:
+    work = Path("/d/..a.gptq-work.gptq-work")
+    assert output_of(work) == Path("/d/.a.gptq-work")
+    assert resume_command(work) == f"gptq resume {work}"
+
+
+@pytest.mark.parametrize("named", ["done", ".done.gptq-work"])
+def test_a_complete_output_has_nothing_to_resume(gptq: Run, tmp_path: Path, named: str) -> None:
+    (tmp_path / "done").mkdir()
+    write_manifest(tmp_path / "done", {"identity": {}})
+    result = gptq("resume", tmp_path / named)
+    assert (result.exit_code, result.stdout) == (3, "")
+    assert result.stderr.splitlines() == [
+        f"error[E_RESUME_NOTHING]: `{tmp_path}/done` is complete, so there is nothing to resume",
+        "",
+        f"hint: use it as it is; gptq verify {tmp_path}/done checks it",
+    ]
 
 
 def test_the_printed_resume_command_works(
@@ -289,7 +308,7 @@ def test_quiet_still_prints_resumed_and_kept_work(
     progress(WorkKept(Path("/d/.o.gptq-work"), blocks=False))
     assert capsys.readouterr().err == (
         "resuming after 2 of 5 blocks, from /d/.o.gptq-work\n"
-        "finished blocks are kept; resume with: gptq resume '/d/.a b.gptq-work'\n"
+        "finished blocks are kept; resume with: gptq resume '/d/a b'\n"
         "finished blocks are kept in /d/.o.gptq-work until a run with other settings begins\n"
-        "finished work is kept; resume with: gptq resume /d/.o.gptq-work\n"
+        "finished work is kept; resume with: gptq resume /d/o\n"
     )

@@ -17,7 +17,7 @@ from transformers.models.llama import modeling_llama
 
 from gptq_cli.config.layer import LayerConfig
 from gptq_cli.errors import InputError, PausedError
-from gptq_cli.events import BlocksDone, Event, PhaseStarted, Report, WorkKept, ignore
+from gptq_cli.events import Event, PhaseStarted, Report, StepsDone, WorkKept, ignore
 from gptq_cli.planning.plan import plan_run
 from gptq_cli.quantization import gradients, layers, reverse_pass
 from gptq_cli.quantization.run import QuantizeResult, quantize_checkpoint
@@ -245,6 +245,9 @@ def test_gradients_that_are_not_finite_are_refused(tmp_path: Path) -> None:
         quantize(tmp_path, model, **settings)
     assert (caught.value.code, caught.value.exit_code) == ("E_GRADIENT", 3)
     assert "is not finite" in str(caught.value)
+    without = "leave out loss_aware (--no-loss-aware)"
+    assert caught.value.hint == f"run the model in float32: --dtype float32, or {without}"
+    assert reverse_pass.not_finite("a", torch.float32).hint is None
 
 
 # ------------------------------------------------------------ refusals
@@ -366,7 +369,7 @@ def test_only_a_complete_pass_is_not_repeated(
 
 def ends_step(event: Event) -> bool:
     """Return whether the last piece of the text has passed a block."""
-    return isinstance(event, BlocksDone) and event.done == int(event.done)
+    return isinstance(event, StepsDone) and event.done == int(event.done)
 
 
 @pytest.mark.parametrize("n_steps", range(1, 5))
@@ -462,13 +465,14 @@ def test_each_piece_is_reported_in_each_block_forward_and_in_head_and_blocks_bac
 ) -> None:
     events: list[Event] = []
     aware.run(tmp_path / "out", report=events.append, nsamples=2, batch_size=1)  # two pieces
-    passed = [event for event in events if isinstance(event, BlocksDone)]
-    forward = [BlocksDone(done, 2) for done in (0.5, 1, 1.5, 2)]
-    backward = [BlocksDone(done, 3) for done in (0.5, 1, 1.5, 2, 2.5, 3)]
+    passed = [event for event in events if isinstance(event, StepsDone)]
+    forward = [StepsDone(done, 5, 0) for done in (0.5, 1, 1.5, 2)]
+    backward = [StepsDone(done, 5, 2) for done in (2.5, 3, 3.5, 4, 4.5, 5)]
     assert passed == [*forward, *backward]
 
 
 def test_the_pass_ends_when_the_time_is_over(aware: LossAware, tmp_path: Path) -> None:
-    with pytest.raises(PausedError, match="the next block would not finish"):
+    with pytest.raises(PausedError, match="the next step would not finish") as late:
         aware.run(tmp_path / "out", max_seconds=1e-6)
+    assert late.value.hint == "this call has finished no step: allow more time"
     assert not (tmp_path / WORK).exists()

@@ -9,7 +9,13 @@ import torch
 
 from gptq_cli.checkpoint.source import open_checkpoint
 from gptq_cli.errors import InputError
-from gptq_cli.quantization.resume import Identity, check_agreement, differences, identify
+from gptq_cli.quantization.resume import (
+    Identity,
+    check_agreement,
+    differences,
+    identify,
+    in_words,
+)
 from gptq_cli.runtime.ranks import Ranks
 from tests.families import save_model
 from tests.runs import config
@@ -83,6 +89,33 @@ def test_differences_name_each_field_with_both_values() -> None:
         "config.dynamic was {}, is missing",
         "config.dynamic.-:x was missing, is {}",
     ]
+
+
+def test_a_user_reads_differences_in_words_without_hashes() -> None:
+    rules = {"+:.*[.]v_proj$": {"bits": 8}, "+:.*[.]o_proj$": {"bits": 3}}
+    known = {
+        "config": {"bits": 4, "group_size": 128, "dynamic": rules, "dataset": "sha256 5ea1"},
+        "calibration_sha256": "5ea1",
+        "source": {"files": {"model.safetensors": "5ea1", "config.json": "5ea1"}},
+        "device": {"threads": 1},
+    }
+    changed = {
+        "config": {"bits": 3, "group_size": 64, "dynamic": {}, "dataset": "sha256 c0de"},
+        "calibration_sha256": "c0de",
+        "source": {"files": {"model.safetensors": "c0de", "config.json": "5ea1"}},
+        "device": {"threads": 2},
+    }
+    assert in_words(differences(known, changed)) == (
+        "--bits was 4, is 3; the calibration text is another one; "
+        "the rules of --dynamic differ; --group-size was 128, is 64; 2 more"
+    )
+    del known["config"], changed["config"]
+    assert in_words(differences(known, changed)) == (
+        "the calibration text is another one; device.threads was 1, is 2; "
+        "`model.safetensors` of the model is not the same"
+    )
+    long = in_words([f"adapters was {'x' * 300}, is []"])
+    assert (len(long), long[:14]) == (100, "adapters was x")
 
 
 def test_settings_are_named_before_hashes() -> None:

@@ -13,13 +13,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from gptq_cli.checkpoint.source import open_checkpoint
-from gptq_cli.errors import InputError
+from gptq_cli.errors import GateError, InputError
 from gptq_cli.events import Warned
 from gptq_cli.planning.estimate import ROWS_OF_A_PART
 from gptq_cli.planning.plan import plan_checkpoint
 from gptq_cli.planning.run_plan import LayerPlan
 from gptq_cli.quantization.layers import Rows, located, of_one_configuration, row_parts
-from gptq_cli.solver.factor import prepare
+from gptq_cli.solver.factor import NonFiniteHessianError, prepare
 from gptq_cli.solver.grid import ScaleRangeError
 from gptq_cli.solver.solve import Solution, solve, solve_together
 from tests.families import save_model
@@ -92,6 +92,20 @@ def test_a_scale_range_error_names_the_layer_of_its_row(
     ):
         raise ScaleRangeError(row)
     assert caught.value.code == "E_CKPT_NONFINITE"
+
+
+@pytest.mark.parametrize(
+    ("dtype", "advises"),
+    [(torch.float16, True), (torch.bfloat16, True), (torch.float32, False)],
+)
+def test_inputs_that_are_not_finite_bring_advice_that_was_not_followed_yet(
+    dtype: torch.dtype, advises: bool, layers: list[LayerPlan]
+) -> None:
+    with pytest.raises(GateError) as caught, located(layers, dtype=dtype):
+        raise NonFiniteHessianError
+    hint = caught.value.hint or ""
+    assert ("--dtype float32" in hint) is advises
+    assert hint.endswith("round such layers to nearest: --on-numeric-fault rtn")
 
 
 @pytest.mark.parametrize("order", ["group aware", "static group aware"])

@@ -118,7 +118,7 @@ def test_a_signal_ends_the_run_and_shows_the_resume_command(stopped: Stopped) ->
     assert stopped.code == 128 + stopped.number, stopped.stderr
     assert "Traceback" not in stopped.stderr
     assert f"stopping on {name}; a second signal exits immediately" in stopped.stderr
-    assert f"resume with: gptq resume {stopped.directory}/{WORK}\n" in stopped.stderr
+    assert f"resume with: gptq resume {stopped.directory}/out\n" in stopped.stderr
     assert stopped.stderr.splitlines()[-1] == f"stopped by {name}"
     assert "error[" not in stopped.stderr
     assert json.loads(stopped.stdout)["exit_code"] == 128 + stopped.number

@@ -136,11 +136,11 @@ def test_a_rerun_does_not_touch_a_complete_output(case: Case, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("changes", "field"),
     [
-        ({"bits": 3}, "config.bits was 4, is 3"),
-        ({"seed": 1}, "config.seed was 0, is 1"),
+        ({"bits": 3}, "--bits was 4, is 3"),
+        ({"seed": 1}, "--seed was 0, is 1"),
         (
             {"dataset": written("another text of ten words or so, " * 20)},
-            "config.dataset was",
+            "with other settings: the calibration text is another one",
         ),
     ],
 )
@@ -153,10 +153,10 @@ def test_work_of_another_run_is_neither_used_nor_deleted(
     with pytest.raises(ExistsError) as caught:
         case.run(output, **changes)
     assert (caught.value.code, caught.value.exit_code) == ("E_RESUME_MISMATCH", 6)
-    assert "holds 1 finished blocks of a run with other settings" in str(caught.value)
+    assert "holds 1 finished block of a run with other settings" in str(caught.value)
     assert field in str(caught.value)
     assert "--resume never" in (caught.value.hint or "")
-    assert f"gptq resume {tmp_path / WORK}," in (caught.value.hint or "")
+    assert f"gptq resume {output}," in (caught.value.hint or "")
     del before["holder.json"]
     assert before.items() <= digest(tmp_path / WORK).items()
     case.run(output)
@@ -171,7 +171,8 @@ def test_changed_texts_under_the_same_name_are_another_run(case: Case, tmp_path:
         case.run(output, dataset=str(text), report=killer(0))
     text.write_text("two " * 400)
     with pytest.raises(
-        ExistsError, match=r"holds 1 finished blocks .*other settings: config\.dataset was"
+        ExistsError,
+        match=r"holds 1 finished block .*other settings: the calibration text is another one",
     ):
         case.run(output, dataset=str(text))
 
@@ -185,7 +186,7 @@ def test_changed_weights_under_the_same_name_are_another_run(case: Case, tmp_pat
     content[-1] ^= 1
     weights.write_bytes(content)
     with pytest.raises(
-        ExistsError, match=r"with other settings: source\.files\.model\.safetensors was"
+        ExistsError, match=r"with other settings: `model\.safetensors` of the model is not the same"
     ):
         other.run(output)
 

@@ -316,7 +316,7 @@ def test_work_of_another_commit_is_refused_until_it_is_named(
         run(tmp_path / "out")
     assert caught.value.code == "E_RESUME_MISMATCH"
     work = WorkDirectory(tmp_path / "out").path
-    assert f"gptq resume {work}" in (caught.value.hint or "")
+    assert f"gptq resume {tmp_path / 'out'}" in (caught.value.hint or "")
     request = (read_run(work) or {})["request"]
     assert (request["revision"], request["stream_download"]) == (pinned, True)
     done = CliRunner().invoke(app, ["resume", str(work), "--quiet"])
