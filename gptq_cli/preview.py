@@ -22,6 +22,7 @@ from gptq_cli.checkpoint.layout import TensorSpec
 from gptq_cli.checkpoint.locate import peek_model
 from gptq_cli.checkpoint.source import Checkpoint
 from gptq_cli.config.fields import AUTO
+from gptq_cli.config.leftovers import is_head
 from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.config.serving import LOADS, Verdict, engine_data
 from gptq_cli.errors import ConfigError, InputError, one_of, size, to_json
@@ -48,7 +49,6 @@ from gptq_cli.planning.estimate import (
 from gptq_cli.planning.measuring import measuring_disk, measuring_seconds
 from gptq_cli.planning.plan import plan_checkpoint, with_group_size
 from gptq_cli.planning.run_plan import (
-    HEAD,
     LayerPlan,
     RunPlan,
     bounded,
@@ -65,7 +65,6 @@ if TYPE_CHECKING:
 
 NO_TOKENIZER = ("E_TOKENIZER", "E_REMOTE_CODE")
 USUAL_BITS = (8, 4, 3, 2)
-HEADS = (HEAD, "embed_out", "output")
 EMBEDDINGS = ("wte", "wpe", "tok_embeddings", "word_embeddings")
 
 
@@ -210,7 +209,7 @@ def _part_of(spec: TensorSpec, blocks: str) -> str:
     leaf = owner.rpartition(".")[2]
     if spec.stored_name.startswith(f"{blocks}."):
         return "layers"
-    if leaf in HEADS:
+    if is_head(spec.stored_name):
         return "head"
     if "embed" in leaf or leaf in EMBEDDINGS:
         return "embeddings"

@@ -40,10 +40,10 @@ from gptq_cli.allocation.rounding import (
 from gptq_cli.allocation.saved import MeasuredBlocks
 from gptq_cli.allocation.units import Unit
 from gptq_cli.calibration.windows import Windows
+from gptq_cli.config.layer import HEAD
 from gptq_cli.events import BlockStarted, Report, ignore
 from gptq_cli.models.block_calls import Container, State
 from gptq_cli.models.stream import LoadedBlock
-from gptq_cli.planning.run_plan import HEAD
 from gptq_cli.quantization.block_loop import Forwards, block_forwards
 from gptq_cli.quantization.layers import LayerSolver
 from gptq_cli.quantization.run_state import Limits, Run

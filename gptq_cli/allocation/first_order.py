@@ -31,10 +31,11 @@ from gptq_cli.allocation.rounding import (
     weights_of,
 )
 from gptq_cli.allocation.units import Unit
+from gptq_cli.config.layer import HEAD
 from gptq_cli.events import Report
 from gptq_cli.models.block_calls import State
 from gptq_cli.models.stream import Batch, LoadedBlock
-from gptq_cli.planning.run_plan import HEAD, LayerPlan
+from gptq_cli.planning.run_plan import LayerPlan
 from gptq_cli.quantization.block_loop import block_forwards
 from gptq_cli.quantization.layers import LayerSolver
 from gptq_cli.quantization.reverse_pass import PassStore, ReversePass, not_finite

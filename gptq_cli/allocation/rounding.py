@@ -12,9 +12,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from gptq_cli.config.layer import HEAD
 from gptq_cli.models.paused_forwards import Hook, Stage, given, hooked
 from gptq_cli.models.skeleton import place
-from gptq_cli.planning.run_plan import HEAD
 from gptq_cli.quantization.block_loop import (
     Forwards,
     gather_inputs,

@@ -37,13 +37,12 @@ from gptq_cli.checkpoint.reader import DequantizingReader, columns_in_order, enc
 from gptq_cli.checkpoint.source import Checkpoint
 from gptq_cli.checkpoint.verify import check_written, refuse_damaged
 from gptq_cli.checkpoint.writer import CheckpointWriter, copy_side_files
-from gptq_cli.config.layer import FORMATS, GPTQ_FORMATS, Linears, formats_for, misfits
+from gptq_cli.config.layer import FORMATS, GPTQ_FORMATS, HEAD, Linears, formats_for, misfits
 from gptq_cli.config.resolve import resolve, to_yaml
 from gptq_cli.errors import ConfigError, InputError, Problem, counted, one_of
 from gptq_cli.events import LayerStarted, PhaseStarted, Report, ignore
 from gptq_cli.files import ByteCount, is_file
 from gptq_cli.inspection.rewriting import Rewritten, fresh, open_source, publish, write_tensors
-from gptq_cli.planning.run_plan import HEAD
 from gptq_cli.runtime.open_model import warn_of
 from gptq_cli.storage.durable import write_file, write_json
 from gptq_cli.storage.manifest import CONFIG_FILE, MANIFEST, QUANTIZE_CONFIG

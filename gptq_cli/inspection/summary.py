@@ -31,6 +31,7 @@ from gptq_cli.checkpoint.verify import examine
 from gptq_cli.config.layer import (
     FORMATS,
     GPTQ_FORMATS,
+    HEAD,
     LayerConfig,
     Settings,
     Stored,
@@ -40,7 +41,7 @@ from gptq_cli.config.layer import (
 )
 from gptq_cli.config.serving import Export, Verdict, engine_data, export_of, verdicts
 from gptq_cli.errors import InputError, to_json
-from gptq_cli.planning.run_plan import HEAD, RunPlan
+from gptq_cli.planning.run_plan import RunPlan
 
 if TYPE_CHECKING:
     from gptq_cli.checkpoint.coded import Coded

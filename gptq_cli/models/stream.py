@@ -24,6 +24,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from gptq_cli.config.layer import HEAD
 from gptq_cli.errors import InputError
 from gptq_cli.models.block_calls import (
     Call,
@@ -191,7 +192,7 @@ class ModelStream:
 
         The value tells whether the linear is stored [I, O].
         """
-        found = {"lm_head": False}
+        found = {HEAD: False}
         for index in range(self.n_blocks):
             for name, module in self.linears(index).items():
                 found[name] = is_transposed(module)

@@ -17,11 +17,11 @@ from pathlib import Path
 
 from gptq_cli.checkpoint.decoded import forward_dtype
 from gptq_cli.checkpoint.headers import DTYPES, DTYPES_OF_CONFIG, TensorInfo
-from gptq_cli.config.layer import LayerConfig, expert_part
+from gptq_cli.config.layer import HEAD, LayerConfig, expert_part
 from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.errors import size
 from gptq_cli.files import is_directory
-from gptq_cli.planning.run_plan import HEAD, LayerPlan, RunPlan, bounded
+from gptq_cli.planning.run_plan import LayerPlan, RunPlan, bounded
 
 # A proposed limit leaves at least this much, or a quarter of the estimate, for what libraries
 # take later.

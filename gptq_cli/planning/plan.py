@@ -25,13 +25,13 @@ from gptq_cli.checkpoint.layout import Layout, Packing, TensorSpec, plan_layout
 from gptq_cli.checkpoint.quantization_config import packing_for
 from gptq_cli.checkpoint.source import Checkpoint, open_checkpoint
 from gptq_cli.config.fields import AUTO
-from gptq_cli.config.layer import LayerChoice, keeping, kind_of, matches, unmatched_rules
+from gptq_cli.config.layer import HEAD, LayerChoice, keeping, kind_of, matches, unmatched_rules
 from gptq_cli.config.leftovers import foreign_names, refuse_wrapped
 from gptq_cli.config.resolve import settings_export
 from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.config.serving import target_problems
 from gptq_cli.errors import ConfigError, InputError, Problem
-from gptq_cli.planning.run_plan import BEYOND, HEAD, UNFIT, LayerPlan, RunPlan, check_target
+from gptq_cli.planning.run_plan import BEYOND, UNFIT, LayerPlan, RunPlan, check_target
 
 if TYPE_CHECKING:
     from gptq_cli.planning.stacks import Stacked

@@ -20,6 +20,7 @@ from gptq_cli.checkpoint.model_files import Remark
 from gptq_cli.checkpoint.source import Checkpoint
 from gptq_cli.config.layer import (
     GPTQ_FORMATS,
+    HEAD,
     LayerChoice,
     LayerConfig,
     Linears,
@@ -47,7 +48,6 @@ from gptq_cli.config.serving import (
 from gptq_cli.errors import ConfigError
 from gptq_cli.files import expanded, resolved
 
-HEAD = "lm_head"
 BEYOND = "of a block that the model does not run"
 UNFIT = "does not fit"  # the reason to keep a layer that cannot be packed
 MOST_OUTPUTS = 2  # times the inputs; gate_proj and up_proj have more, and gained nearly nothing

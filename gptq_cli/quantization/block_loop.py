@@ -20,7 +20,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from gptq_cli.config.layer import keeping
+from gptq_cli.config.layer import HEAD, keeping
 from gptq_cli.errors import InputError
 from gptq_cli.events import BlockStarted, PhaseStarted, Warned
 from gptq_cli.models.block_calls import State
@@ -33,7 +33,6 @@ from gptq_cli.models.paused_forwards import (
     watch_inputs,
 )
 from gptq_cli.models.stream import LoadedBlock, token_ids
-from gptq_cli.planning.run_plan import HEAD
 from gptq_cli.quantization.layers import Inputs, LayerSolver, weight_for_shifts
 from gptq_cli.quantization.routed_experts import RoutedInputs, quantize_experts
 from gptq_cli.quantization.run_state import Run

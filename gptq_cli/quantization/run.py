@@ -35,6 +35,7 @@ from gptq_cli.checkpoint.reader import encode_alike, open_reader
 from gptq_cli.checkpoint.source import Checkpoint
 from gptq_cli.checkpoint.verify import check_written, refuse_wrong_numbers
 from gptq_cli.checkpoint.writer import CheckpointWriter, write_side_files
+from gptq_cli.config.layer import HEAD
 from gptq_cli.config.resolve import to_yaml
 from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.config.serving import Verdict, engine_data
@@ -63,7 +64,6 @@ from gptq_cli.planning.checks import (
 from gptq_cli.planning.estimate import gradient_disk, saved_states, streamed_bytes
 from gptq_cli.planning.plan import check_shared, refine_plan
 from gptq_cli.planning.run_plan import (
-    HEAD,
     LayerPlan,
     RunPlan,
     about_unused,
