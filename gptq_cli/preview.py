@@ -46,7 +46,7 @@ from gptq_cli.planning.estimate import (
     gradient_tokens,
     total,
 )
-from gptq_cli.planning.measuring import measuring_disk, measuring_seconds
+from gptq_cli.planning.measuring import measuring_disk, measuring_seconds, with_measuring
 from gptq_cli.planning.plan import plan_checkpoint, with_group_size
 from gptq_cli.planning.run_plan import (
     LayerPlan,
@@ -240,11 +240,9 @@ def preview_run(
     named, mixed = config, None
     if config.allocates:
         config, mixed = _before_allocation(checkpoint, config, report)
-    choices: list[Choice] = []
-    if group_sizes is not None:
-        choices = _choices(checkpoint, config, group_sizes, devices)
-        if choices and config.group_size not in {choice.group_size for choice in choices}:
-            config = config.model_copy(update={"group_size": AUTO})
+    choices = _choices(checkpoint, config, group_sizes or (), devices)
+    if choices and config.group_size not in {choice.group_size for choice in choices}:
+        config = config.model_copy(update={"group_size": AUTO})
     given, config = config, with_group_size(checkpoint, config)
     for note in notes_on_groups(given, config):
         report(Noted(note))
@@ -265,6 +263,9 @@ def preview_run(
     has_tokenizer = source.commit is None
     text = plan_text(bounded(config, checkpoint), checkpoint.directory, has_tokenizer, report)
     images = any(part.chats_with_images for part in text)
+    memory = estimate_within_limits(plan, config, devices, images=images)
+    if named.allocates:
+        memory = with_measuring(memory, plan, config, devices)
     result = PlanResult(
         model=source.name,
         commit=source.commit,
@@ -273,7 +274,7 @@ def preview_run(
         quantized=tuple(quantized),
         kept=tuple(kept),
         devices=devices,
-        memory=estimate_within_limits(plan, config, devices, images=images),
+        memory=memory,
         disk=disk,
         download=download,
         seconds=seconds,

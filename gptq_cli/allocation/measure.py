@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import cast
@@ -29,6 +29,7 @@ from gptq_cli.planning.measuring import (
     calibration_windows,
     measuring_disk,
     probe_windows,
+    quick_plan,
 )
 from gptq_cli.planning.run_plan import RunPlan
 from gptq_cli.quantization.resume import Identity
@@ -142,7 +143,7 @@ class Measuring:
         """Return the run that rounds every layer quickly, and keeps nothing."""
         config = self.prepared.config.model_copy(update=QUICK | {"true_sequential": False})
         batches = _batches(self.calibration.windows, _n_batches(self.prepared.config))
-        plan, team = _quickly(self.plan), self.worker.team
+        plan, team = quick_plan(self.plan), self.worker.team
         return Run(config, plan, stream, team, batches, Record(ignore), limits)
 
 
@@ -179,16 +180,6 @@ def _batches(windows: Windows, n_batches: int) -> Sequence[Tensor]:
         return torch.tensor_split(windows.ids.cpu(), n_batches)
     batches = windows.batches(max(1, len(windows.lengths) // n_batches))
     return cast(tuple[Tensor, ...], batches)  # of text
-
-
-def _quickly(plan: RunPlan) -> RunPlan:
-    """Return `plan` with the settings of quick rounding for every layer."""
-    layers = []
-    for layer in plan.layers:
-        if layer.config is not None:
-            layer = replace(layer, config=replace(layer.config, **QUICK))
-        layers.append(layer)
-    return replace(plan, layers=tuple(layers))
 
 
 def _n_batches(config: QuantizeConfig) -> int:

@@ -190,7 +190,7 @@ def estimate_memory(
     """
     bits = forward_bits(plan, config)
     seqlen, hidden = bounded(config, plan.source).seqlen, hidden_size(plan)
-    streams, batches = n_streams(plan), _batches_each(config, devices)
+    streams, batches = n_streams(plan), batches_each(config, devices)
     all_tokens, batch_tokens = config.nsamples * seqlen, config.batch_size * seqlen
     tokens = min(all_tokens, batches * batch_tokens)
     waiting = tokens
@@ -199,7 +199,7 @@ def estimate_memory(
     widest = _most_inputs(plan.layers)
 
     states = Term(STATES, streams * tokens * hidden * bits // 8)
-    block = Term("block", _largest_block(plan) * bits // 8)
+    block = Term("block", largest_block(plan) * bits // 8)
     libraries = Term(LIBRARIES, LIBRARIES_BYTES)
     work = [
         states,
@@ -231,31 +231,55 @@ def estimate_memory(
 def gradient_terms(plan: RunPlan, config: QuantizeConfig) -> list[tuple[Term, ...]]:
     """Return what is in memory in the pass for gradients: inside a block, and at the end.
 
-    Inside a block these are states and gradients of all tokens, the weights of the block, inputs,
-    outputs and gradients of all its linears for one piece, and sums [O, O] of the pieces, of which
-    as many panels wait as for Hessians. At the end it is everything outside of the blocks, with the
-    logits of a few tokens.
+    Beside what each pass in reverse holds (see `pass_terms`), these are sums [O, O] of the pieces
+    inside a block, of which as many panels wait as for Hessians.
     """
-    nbytes, tokens = forward_bits(plan, config) // 8, gradient_tokens(plan, config)
-    seqlen = bounded(config, plan.source).seqlen
-    piece = max(seqlen, min(TOKENS_OF_A_PIECE, tokens))
+    tokens = gradient_tokens(plan, config)
+    inside, at_the_end = pass_terms(plan, config, tokens)
+    pieces = math.ceil(tokens / _piece_tokens(plan, config, tokens))
+    panels = pieces.bit_length() * HESSIAN_SHARE + 1
+    numbers = _most_in_a_block(_gradient_numbers(plan))
+    sums = Term("sums of gradients", int(panels * numbers) * FLOAT)
+    return [(*inside, sums), at_the_end]
+
+
+def pass_terms(
+    plan: RunPlan, config: QuantizeConfig, tokens: int
+) -> tuple[tuple[Term, ...], tuple[Term, ...]]:
+    """Return what a pass in reverse holds of this many tokens: inside a block, and at the end.
+
+    Inside a block these are states and gradients of all tokens, the weights of the block, and
+    inputs, outputs and gradients of all its linears for one piece. At the end it is everything
+    outside of the blocks, with the logits of a few tokens.
+    """
+    nbytes = forward_bits(plan, config) // 8
     widths: Counter[int] = Counter()
     for layer in plan.layers:
         if not expert_part(layer.name) and layer.block < plan.n_blocks:
             widths[layer.block] += 2 * (layer.in_features + layer.out_features)
-    panels = math.ceil(tokens / piece).bit_length() * HESSIAN_SHARE + 1
-    numbers = _most_in_a_block(_gradient_numbers(plan))
+    piece = _piece_tokens(plan, config, tokens) * max(widths.values())
     states = Term("gradients", 2 * tokens * hidden_size(plan) * nbytes)
     inside = (
         states,
-        Term("block", _largest_block(plan) * nbytes),
-        Term("one piece of text", piece * max(widths.values()) * nbytes),
-        Term("sums of gradients", int(panels * numbers) * FLOAT),
+        Term("block", largest_block(plan) * nbytes),
+        Term("one piece of text", piece * nbytes),
     )
-    logits = Term("logits", COPIES_OF_LOGITS * LOGITS_AT_ONCE * FLOAT)
     outside = sum(math.prod(tensor.shape) for tensor in tensors_outside(plan))
-    at_the_end = (states, Term("embeddings and head", outside * nbytes), logits)
-    return [inside, at_the_end]
+    logits = COPIES_OF_LOGITS * _logits_at_once(plan, config) * FLOAT
+    head = Term("embeddings and head", outside * nbytes)
+    return inside, (states, head, Term("logits", logits))
+
+
+def _piece_tokens(plan: RunPlan, config: QuantizeConfig, tokens: int) -> int:
+    """Return the tokens of a piece of a pass in reverse: one window, or several short ones."""
+    return max(bounded(config, plan.source).seqlen, min(TOKENS_OF_A_PIECE, tokens))
+
+
+def _logits_at_once(plan: RunPlan, config: QuantizeConfig) -> int:
+    """Return how many logits a pass in reverse takes at a time, of one window at most."""
+    rows = head_shape(plan)[0]
+    tokens = min(bounded(config, plan.source).seqlen, LOGITS_AT_ONCE // rows)
+    return max(1, tokens) * rows
 
 
 def gradient_tokens(plan: RunPlan, config: QuantizeConfig) -> int:
@@ -265,16 +289,41 @@ def gradient_tokens(plan: RunPlan, config: QuantizeConfig) -> int:
 
 
 def gradient_disk(plan: RunPlan, config: QuantizeConfig) -> int:
-    """Return the bytes of what the pass for gradients keeps.
+    """Return the most bytes that the pass for gradients keeps.
 
-    These are sums, an energy for each token and layer, and the hidden states before all blocks.
+    On the way back states are removed, and sums are added: after the first of the blocks there are
+    sums of one block, and after the last one the states before it, with gradients on both sides.
     """
     if not plan.loss_aware:
         return 0
-    tokens = gradient_tokens(plan, config)
-    states = tokens * hidden_size(plan) * forward_bits(plan, config) // 8
-    numbers = _gradient_numbers(plan).total() + tokens * len(plan.loss_aware)
-    return plan.n_blocks * states + FLOAT * numbers
+    tokens, sums = gradient_tokens(plan, config), gradient_sums(plan, config)
+    after_first = pass_disk(plan, config, tokens) + sums // plan.n_blocks
+    after_last = 3 * state_bytes(plan, config, tokens) + sums
+    return max(after_first, after_last)
+
+
+def gradient_sums(plan: RunPlan, config: QuantizeConfig) -> int:
+    """Return the bytes of the sums of gradients, and of an energy for each token and layer."""
+    energies = gradient_tokens(plan, config) * len(plan.loss_aware)
+    return FLOAT * (_gradient_numbers(plan).total() + energies)
+
+
+def pass_disk(plan: RunPlan, config: QuantizeConfig, tokens: int) -> int:
+    """Return the most bytes that a pass in reverse over this many tokens keeps of them.
+
+    These are the hidden states before all blocks and after the last one, with the gradients there.
+    """
+    return (plan.n_blocks + 2) * state_bytes(plan, config, tokens)
+
+
+def pass_writes(plan: RunPlan, config: QuantizeConfig, tokens: int) -> int:
+    """Return the bytes that such a pass writes: states and gradients around all blocks."""
+    return 2 * (plan.n_blocks + 1) * state_bytes(plan, config, tokens)
+
+
+def state_bytes(plan: RunPlan, config: QuantizeConfig, tokens: int) -> int:
+    """Return the bytes of the hidden states of this many tokens before one block."""
+    return tokens * hidden_size(plan) * forward_bits(plan, config) // 8
 
 
 def _gradient_numbers(plan: RunPlan) -> Counter[int]:
@@ -333,7 +382,7 @@ def solving_bytes(plan: RunPlan, config: QuantizeConfig, device: str, devices: i
     `estimate_memory` tells of.
     """
     bits, streams = forward_bits(plan, config), n_streams(plan)
-    n_sums = _batches_each(config, devices).bit_length()
+    n_sums = batches_each(config, devices).bit_length()
     sums = int(n_sums * _most_summed(plan, config, device) * FLOAT)
     solver = _solver_bytes(plan, bits, device)
     tokens, bytes_each = TOKENS_PER_CHUNK, FLOAT
@@ -357,7 +406,7 @@ def n_streams(plan: RunPlan) -> int:
     return 1
 
 
-def _batches_each(config: QuantizeConfig, devices: int) -> int:
+def batches_each(config: QuantizeConfig, devices: int) -> int:
     """Return the number of calibration batches of one of `devices`."""
     return math.ceil(math.ceil(config.nsamples / config.batch_size) / devices)
 
@@ -413,6 +462,12 @@ def tensors_outside(plan: RunPlan) -> list[TensorInfo]:
     """Return the tensors outside of the blocks."""
     tensors = plan.plain.tensors.values()
     return [tensor for tensor in tensors if not tensor.name.startswith(f"{plan.blocks}.")]
+
+
+def head_shape(plan: RunPlan) -> tuple[int, ...]:
+    """Return the shape of the output head, which is the largest tensor outside of the blocks."""
+    shapes = [tensor.shape for tensor in tensors_outside(plan)]
+    return max(shapes, key=math.prod, default=(1, 0))
 
 
 def estimate_least_memory(plan: RunPlan, config: QuantizeConfig, devices: int = 1) -> Estimate:
@@ -485,7 +540,7 @@ def _has_experts(plan: RunPlan) -> bool:
     return any(expert_part(layer.name) for layer in plan.layers)
 
 
-def _largest_block(plan: RunPlan) -> int:
+def largest_block(plan: RunPlan) -> int:
     """Return the number of weights in the linear layers of the largest block."""
     sizes: Counter[int] = Counter()
     for layer in plan.layers:

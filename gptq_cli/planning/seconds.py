@@ -24,17 +24,18 @@ from gptq_cli.planning.estimate import (
     experts_at_once,
     factor_cost,
     forward_bits,
-    gradient_disk,
+    gradient_sums,
     gradient_tokens,
     has_shorter_shifts,
+    head_shape,
     hessian_cost,
     hidden_size,
     n_streams,
+    pass_writes,
     rows_of_a_part,
     rows_shift_cost,
     shift_cost,
     solve_cost,
-    tensors_outside,
     written_outputs,
 )
 from gptq_cli.planning.run_plan import LayerPlan, RunPlan, bounded
@@ -245,31 +246,42 @@ def _hashing_seconds(files: Iterable[int], rates: Rates) -> float:
 
 
 def gradient_seconds(plan: RunPlan, config: QuantizeConfig, rates: Rates) -> Seconds:
-    """Estimate the time of the pass for gradients.
-
-    It reads the blocks twice and runs them forward twice; a pass back through a linear takes as
-    much as one forward, because weights get no gradients. What it keeps is written and hashed
-    between blocks.
-    """
+    """Estimate the time of the pass for gradients, which sums most of them."""
     tokens = gradient_tokens(plan, config)
-    whole = estimate_seconds(
-        [replace(layer, config=None) for layer in plan.layers],
-        replace(calibration_of(plan, config), tokens=tokens),
-        1,
-        2 * plan.source.nbytes,
-        rates,
-    )
-    head = max((math.prod(tensor.shape) for tensor in tensors_outside(plan)), default=0)
     sums = 0.0
     for layer in plan.loss_aware:
         if layer.sums_gradients:
             sums += hessian_cost(layer.out_features, tokens)
-    at_the_end = 2 * head * tokens / rates.forward
-    forward = 3 * whole.forward + at_the_end
-    kept = gradient_disk(plan, config)
-    saving = kept / rates.writes + kept * rates.hash_threads / rates.hashes
-    hessian = sums / rates.hessian
-    return Seconds(forward=forward, hessian=hessian, reading=whole.reading, saving=saving)
+    passing = pass_seconds(plan, config, tokens, gradient_sums(plan, config), rates)
+    return passing.plus(Seconds(hessian=sums / rates.hessian))
+
+
+def pass_seconds(
+    plan: RunPlan,
+    config: QuantizeConfig,
+    tokens: int,
+    kept: int,
+    rates: Rates,
+    extra_products: int = 0,
+) -> Seconds:
+    """Estimate the time of a pass in reverse over this many tokens.
+
+    It reads the blocks twice and runs them forward twice. A pass back through a linear takes as
+    much as one forward, because weights get no gradients, and there may be `extra_products` as
+    large. The output head runs forward and back once. Between blocks the states are written and
+    hashed, with what else is `kept`, in bytes.
+    """
+    linears = []
+    for layer in plan.layers:
+        if layer.block < plan.n_blocks:
+            linears.append(replace(layer, config=None))
+    text = replace(calibration_of(plan, config), tokens=tokens)
+    once = estimate_seconds(linears, text, 1, 2 * plan.source.nbytes, rates)
+    head = 2 * math.prod(head_shape(plan)) * tokens
+    forward = (3 + extra_products) * once.forward + head / rates.forward
+    written = pass_writes(plan, config, tokens) + kept
+    saving = written / rates.writes + written * rates.hash_threads / rates.hashes
+    return Seconds(forward=forward, reading=once.reading, saving=saving)
 
 
 def estimate_seconds(
@@ -316,16 +328,9 @@ def _stage_seconds(
         return Seconds(forward=forward * busiest)
     config = quantized[0].config
     assert config is not None
-    streams, of_rows = 1, False
-    if config.follows_original:
-        streams = 2
-        of_rows = rates.shifts_of_rows and len(stage) == 1 and has_shorter_shifts(stage[0])
-    rows, shift_numbers, shifting = _rows(quantized), 0, 0.0
-    if of_rows:  # which include a drift
-        shift_numbers, shifting = 2 * rows * n, rows_shift_cost(stage[0], tokens)
-    elif streams > 1:
-        written = max(written_outputs(layer, text.features) for layer in quantized)
-        shift_numbers, shifting = 2 * n * (n + written), shift_cost(n, tokens, written)
+    streams, rows = 1 + config.follows_original, _rows(quantized)
+    of_rows = _are_shifts_of_rows(stage, rates)
+    shift_numbers, shifting = _shifts(quantized, tokens, text, of_rows=of_rows)
     sent = float(rows * n)
     parts = math.ceil(rows / rows_of_a_part("cuda", n))
     if is_of_expert:  # one device does all of an expert
@@ -346,6 +351,27 @@ def _stage_seconds(
         solve=(solving + _seconds_of_weights(quantized, parts, rates)) * solve_share,
         network=sent * (devices - 1) / devices / rates.network,
     )
+
+
+def _are_shifts_of_rows(stage: Sequence[LayerPlan], rates: Rates) -> bool:
+    """Return whether a layer that follows the original model sums W C, as it is alone."""
+    config = stage[0].config
+    if not rates.shifts_of_rows or len(stage) > 1 or config is None:
+        return False
+    return config.follows_original and has_shorter_shifts(stage[0])
+
+
+def _shifts(
+    layers: Sequence[LayerPlan], tokens: float, text: Calibration, *, of_rows: bool
+) -> tuple[int, float]:
+    """Return how many numbers the shifts of `layers` with one input have, and their cost."""
+    n, config = layers[0].in_features, layers[0].config
+    if config is None or not config.follows_original:
+        return 0, 0.0
+    if of_rows:  # which include a drift
+        return 2 * _rows(layers) * n, rows_shift_cost(layers[0], tokens)
+    written = max(written_outputs(layer, text.features) for layer in layers)
+    return 2 * n * (n + written), shift_cost(n, tokens, written)
 
 
 def _hessian_products(in_features: int, tokens: float, rates: Rates) -> float:

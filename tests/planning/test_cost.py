@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 
+from gptq_cli.allocation.goals import starting_config
 from gptq_cli.checkpoint.headers import TensorInfo
 from gptq_cli.checkpoint.layout import GPTQ
 from gptq_cli.config.layer import LayerConfig
@@ -28,6 +30,7 @@ from gptq_cli.planning.estimate import (
     estimate_memory,
     expert_cost,
     experts_at_once,
+    gradient_disk,
     solve_cost,
     total,
 )
@@ -50,14 +53,16 @@ from gptq_cli.planning.seconds import (
     gradient_seconds,
     saving_seconds,
 )
+from gptq_cli.quantization import reverse_pass
 from gptq_cli.runtime.rates import measure_rates
 from gptq_cli.solver.factor import BLOCKED_FROM
 from gptq_cli.solver.grid import SHRINKS
 from gptq_cli.solver.hessian import CUDA_PANEL
 from gptq_cli.solver.two_sided import ROW_BLOCK
+from tests.allocation.measuring import goal, measure
 from tests.families import save_model
 from tests.quantization.test_routed_experts import save_mixture
-from tests.runs import config
+from tests.runs import config, quantize
 
 ONE = Rates(forward=1, hessian=1, factor=1, solve=1, columns=1, network=1, disk=1)
 TEXT = Calibration(tokens=100, experts_per_token=2, batches=8, state_bytes=3, features=64)
@@ -354,16 +359,62 @@ def test_rows_with_gradients_take_their_columns_in_turn() -> None:
     assert estimate_seconds([wide], TEXT, 1, 0, quick) == estimate_seconds([wide], TEXT, 1, 0, ONE)
 
 
-def test_the_pass_for_gradients_writes_and_hashes_what_it_keeps(tmp_path: Path) -> None:
-    settings = config(nsamples=6, seqlen=64, loss_aware=True)
-    plan = plan_run(save_model(tmp_path / "model", intermediate_size=192), settings)
-    tokens, layers = 6 * 64, 7
-    kept = 3 * 4 * (tokens * (64 + layers) + 128**2 + 4 * 64**2)
+@dataclass
+class Files:
+    """The bytes of the tensors that a pass writes, and the most of them at once."""
+
+    written: int = 0
+    most: int = 0
+    sizes: dict[Path, int] = field(default_factory=dict)
+
+
+@pytest.fixture
+def files(monkeypatch: pytest.MonkeyPatch) -> Files:
+    """The files of the passes in reverse of this test."""
+    found = Files()
+    save, remove = reverse_pass.save_tensors, reverse_pass.remove
+
+    def saving(path: Path, content: object) -> str:
+        tensors = [item for item in tree_leaves(content) if isinstance(item, torch.Tensor)]
+        found.sizes[path] = sum(tensor.nbytes for tensor in tensors)
+        found.written += found.sizes[path]
+        found.most = max(found.most, sum(found.sizes.values()))
+        return save(path, content)
+
+    def removing(path: Path) -> None:
+        found.sizes.pop(path, None)
+        remove(path)
+
+    monkeypatch.setattr(reverse_pass, "save_tensors", saving)
+    monkeypatch.setattr(reverse_pass, "remove", removing)
+    return found
+
+
+@pytest.mark.parametrize("nsamples", [6, 32])  # most bytes are those of sums, or of states
+def test_the_plan_counts_the_bytes_that_the_pass_for_gradients_writes(
+    nsamples: int, tmp_path: Path, files: Files
+) -> None:
+    model = save_model(tmp_path / "model", intermediate_size=192)
+    changes = {"nsamples": nsamples, "seqlen": 64, "loss_aware": True}
+    quantize(tmp_path, model, **changes)
+    settings = config(**changes)
+    plan = plan_run(model, settings)
+    assert gradient_disk(plan, settings) == files.most
     rates = replace(ONE, hashes=8.0, hash_threads=4, writes=2.0)
-    passing = gradient_seconds(plan, settings, rates)
-    assert passing.saving == kept / 2 + 4 * kept / 8
-    states = estimate_time(plan, settings, rates).saving - passing.saving
-    assert states == saving_seconds(plan, settings, rates, math.inf) == 3 * 4 * tokens * 64 / 2
+    saving = gradient_seconds(plan, settings, rates).saving
+    assert saving == files.written / 2 + 4 * files.written / 8
+
+
+def test_the_plan_counts_the_bytes_that_a_measurement_writes(tmp_path: Path, files: Files) -> None:
+    model = save_model(tmp_path / "model")
+    wanted = goal(nsamples=64)
+    measure(model, wanted, tmp_path / "found.yaml")
+    settings = starting_config(wanted)
+    plan = plan_run(model, settings)
+    assert files.most <= measuring_disk(plan, settings) <= 1.25 * files.most
+    rates = replace(ONE, writes=1.0, hashes=math.inf)
+    # Scales, zero points and groups of the rounded weights are not counted
+    assert 0.95 * files.written < measuring_seconds(plan, settings, rates).saving <= files.written
 
 
 def test_a_measurement_takes_a_quarter_of_the_text_and_no_less_than_some_tokens() -> None:
@@ -387,9 +438,6 @@ def test_the_time_of_a_measurement_is_counted(tmp_path: Path) -> None:
     assert found.forward == rounding.forward + 4 * 4096 * weights + 2 * 4096 * head
     assert found.hessian == rounding.hessian
     assert found.saving == 0
-    kept = measuring_disk(plan, settings)
-    saving = measuring_seconds(plan, settings, replace(ONE, writes=2.0, hashes=8.0, hash_threads=4))
-    assert saving.saving == kept / 2 + 4 * kept / 8
 
 
 def test_the_cost_model_takes_half_the_operations_of_an_h100() -> None:

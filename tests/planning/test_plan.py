@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from gptq_cli.planning.estimate import (
     gradient_terms,
     total,
 )
+from gptq_cli.planning.measuring import measuring_terms
 from gptq_cli.planning.plan import plan_run, refine_plan
 from gptq_cli.planning.seconds import Rates, estimate_time
 from gptq_cli.preview import preview_run
@@ -198,10 +200,49 @@ def test_a_loss_aware_run_needs_memory_for_gradients_and_logits(tmp_path: Path) 
     expected = [2 * tokens * 64 * 4, weights * 4, tokens * widths * 4, sums]
     assert [term.nbytes for term in inside] == expected
     outside = (2 * 512 * 64 + 64) * 4
-    assert [term.nbytes for term in at_the_end] == [expected[0], outside, 5 * 2**24 * 4]
-    memory = estimate_memory(plan_run(model, settings), settings)
+    assert [term.nbytes for term in at_the_end] == [expected[0], outside, 5 * 64 * 512 * 4]
+
+
+@pytest.mark.parametrize(("vocabulary", "tokens"), [(300_000, 55), (2**24 + 2, 1)])
+def test_the_end_of_the_pass_for_gradients_holds_few_logits(
+    vocabulary: int, tokens: int, tmp_path: Path
+) -> None:
+    settings = config(nsamples=6, seqlen=64, loss_aware=True)
+    plan = plan_run(save_model(tmp_path / "model", intermediate_size=192), settings)
+    tensors = {}
+    for name, tensor in plan.plain.tensors.items():
+        if tensor.shape[0] == 512:
+            tensor = replace(tensor, shape=(vocabulary, 64))
+        tensors[name] = tensor
+    plan = replace(plan, plain=replace(plan.plain, tensors=tensors))
+    _, at_the_end = gradient_terms(plan, settings)
+    assert at_the_end[-1].nbytes == 5 * tokens * vocabulary * 4
+    memory = estimate_memory(plan, settings)
     assert total(memory.accelerator) == total(at_the_end)
     assert "logits" in [term.what for term in memory.cpu]
+
+
+def test_a_run_that_allocates_needs_memory_for_its_measurement(tmp_path: Path) -> None:
+    model = save_model(tmp_path / "model", intermediate_size=192)
+    settings = config(nsamples=64, seqlen=64, batch_size=8)
+    rounding, reverse, at_the_end = measuring_terms(plan_run(model, settings), settings, "cpu", 1)
+    shapes = [(128, 64), (64, 64), (64, 64), (64, 128), (192, 64), (192, 64), (64, 192)]
+    weights = sum(rows * columns for rows, columns in shapes)
+    widths = sum(2 * (rows + columns) for rows, columns in shapes)
+    states = 64 * 64 * 64 * 4  # of the calibration; the probe has half as many
+    inside = [states, states, weights * 4, 1024 * widths * 4]
+    hessians = (64**2 + 128**2 + 64**2 + 192**2) * 4 * 9 // 16
+    solving = 2 * 192**2 * 4 + 64 * 192 * (3 * 4 + 2 + 4 + 1)
+    a_batch_twice = 2 * 8 * 64 * 192 * 4  # in float32, and limited
+    solver = hessians + solving + a_batch_twice
+    assert [term.nbytes for term in rounding] == [*inside, weights * 5, solver]
+    errors = weights * 4 + 2 * 192 * 64 * 4
+    assert [term.nbytes for term in reverse] == [*inside, errors]
+    outside, logits = (2 * 512 * 64 + 64) * 4, 5 * 64 * 512 * 4
+    assert [term.nbytes for term in at_the_end] == [states, states, outside, logits]
+    allocating = preview_run(str(model), settings.model_copy(update={"bits": 3.5}))
+    assert total(allocating.memory.cpu) == LIBRARIES_BYTES + total(rounding)
+    assert total(allocating.memory.cpu) > total(preview_run(str(model), settings).memory.cpu)
 
 
 def test_a_plan_names_the_pass_for_gradients_and_its_readings(tmp_path: Path) -> None:
