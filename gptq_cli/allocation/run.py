@@ -198,10 +198,7 @@ def measure_model(
         measured = worker.team.broadcast([kept.read(names, report)])[0]
         already_done = measured is not None
         if measured is None:
-            if work is not None and prepared.options.resume == "never":
-                remove_state(work)
-            if work is not None and kept.file == work.allocation:
-                _note_begun(prepared, goal, work, identity)
+            _begin(prepared, goal, kept)
             measuring = Measuring(
                 prepared, plans[reference], units, calibration, worker, report, work, identity
             )
@@ -370,15 +367,21 @@ def _identify(
     )
 
 
-def _note_begun(
-    prepared: PreparedRun, goal: QuantizeConfig, work: WorkDirectory, identity: Identity
-) -> None:
-    """Write the call that `gptq resume` repeats, unless blocks of a run wait for theirs."""
-    if work.journal.exists():
+def _begin(prepared: PreparedRun, goal: QuantizeConfig, kept: Kept) -> None:
+    """Remove an earlier state if nothing shall resume, and write the call of `gptq resume`.
+
+    The call is that of a run, so `gptq allocate` writes none, and blocks of a run keep theirs.
+    """
+    work = kept.work
+    if work is None:
+        return
+    if prepared.options.resume == "never":
+        remove_state(work)
+    if kept.file != work.allocation or work.journal.exists():
         return
     goals = {name: getattr(goal, name) for name in ("bits", *NO_GOAL)}
     config = prepared.config.model_copy(update=goals)
-    write_run(work.path, identity, request_of(replace(prepared, config=config), work.output))
+    write_run(work.path, kept.identity, request_of(replace(prepared, config=config), work.output))
 
 
 def _kept_work(work: WorkDirectory) -> WorkKept | Noted:

@@ -544,20 +544,28 @@ def shortages(parts: Sequence[Part], config: QuantizeConfig) -> list[InputError]
 
     `parts` are those of `read_parts`.
     """
-    found = [part.shortage for part in parts]
-    errors = [error for error in found if error is not None]
+    errors = []
+    for part in parts:
+        shortage = part.shortage
+        if shortage is not None:
+            errors.append(shortage)
     if not errors or len(parts) == 1 or not config.pack:
         return errors
+    hint = _more_of_all(parts, config)
+    for number, error in enumerate(errors):
+        if error.code == "E_DATA_SHORT":
+            errors[number] = InputError(error.code, str(error), hint=hint)
+    return errors
+
+
+def _more_of_all(parts: Sequence[Part], config: QuantizeConfig) -> str:
+    """Return the hint for too little text in some of several datasets."""
     from gptq_cli.calibration.mixture import fitting_nsamples
 
     nsamples = fitting_nsamples(config, [len(part.pool.windows) for part in parts])
     fitting = min(part.fitting_seqlen for part in parts)
     is_cut = any(part.pool.cut for part in parts)
-    hint = _more_text(nsamples, fitting, " in all", cut=is_cut)
-    for number, error in enumerate(errors):
-        if error.code == "E_DATA_SHORT":
-            errors[number] = InputError(error.code, str(error), hint=hint)
-    return errors
+    return _more_text(nsamples, fitting, " in all", cut=is_cut)
 
 
 def _template_file(config: QuantizeConfig) -> Path | None:
@@ -591,14 +599,7 @@ def evaluation_windows(
 
     Raises InputError: E_DATA_SHORT if there is no full window, E_DATA_EMPTY if there is no token.
     """
-    ids: list[int] = []
-    if documents.chats is not None:
-        for chat in documents.texts:
-            ids += encode(chat, False)
-    else:
-        text = documents.join.join(documents.texts)
-        if text.strip():
-            ids = encode(text, True)
+    ids = _joined_ids(documents, encode)
     count = len(ids) // seqlen
     for limit in (max_windows, documents.max_windows):
         if limit is not None:
@@ -609,6 +610,19 @@ def evaluation_windows(
         gives = f"gives 0 windows of {seqlen} tokens ({len(ids):,} tokens)"
         raise _too_short(documents, gives, 1, _more_text(0, len(ids)))
     return Windows.of([ids[index * seqlen : (index + 1) * seqlen] for index in range(count)])
+
+
+def _joined_ids(documents: Documents, encode: Encode) -> list[int]:
+    """Return the tokens of the joined text, or those of all chats."""
+    ids: list[int] = []
+    if documents.chats is not None:
+        for chat in documents.texts:
+            ids += encode(chat, False)
+        return ids
+    text = documents.join.join(documents.texts)
+    if text.strip():
+        ids = encode(text, True)
+    return ids
 
 
 def check_token_ids(ids: Tensor, vocab_size: int) -> None:

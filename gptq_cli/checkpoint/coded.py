@@ -404,16 +404,23 @@ def _declared_block(stored: Mapping[str, Any]) -> Block | None:
     sizes = [stored.get("weight_block_size")]
     groups = stored.get("config_groups")
     if isinstance(groups, dict):
-        for group in groups.values():
-            weights = group.get("weights") if isinstance(group, dict) else None
-            if isinstance(weights, dict) and weights.get("strategy") == "block":
-                sizes.append(weights.get("block_structure"))
+        sizes += map(_block_of_group, groups.values())
     for size in sizes:
         if isinstance(size, list) and len(size) == 2:
             rows, columns = size
             if type(rows) is int and type(columns) is int and min(rows, columns) > 0:
                 return rows, columns
     return None
+
+
+def _block_of_group(group: object) -> Any:
+    """Return what an entry of `config_groups` states as the block of its weights, else None."""
+    if not isinstance(group, dict) or not isinstance(group.get("weights"), dict):
+        return None
+    weights = group["weights"]
+    if weights.get("strategy") != "block":
+        return None
+    return weights.get("block_structure")
 
 
 def _block_of(shape: tuple[int, ...], scales: TensorInfo) -> Block | None:

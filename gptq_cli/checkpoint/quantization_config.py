@@ -158,13 +158,20 @@ def _rules(
         for name, layer in quantized.items():
             stored[name] = Stored(layer.bits, layer.group_size, layer.sym)
         base = Stored(config.base.bits, config.base.group_size, config.base.sym)
-        wrong: dict[Stored, list[str]] = defaultdict(list)
-        for name, settings in misnamed(stored, base, changing).items():
-            wrong[settings].append(name)
-        for settings, names in wrong.items():
-            for pattern in _anchored(names):
-                found[f"+:{pattern}"] = settings._asdict()
+        found |= _rules_by_name(misnamed(stored, base, changing))
     return found | changing
+
+
+def _rules_by_name(right: Mapping[str, Stored]) -> dict[str, dict[str, Any]]:
+    """Return rules that give names their settings, with one pattern for many names."""
+    alike: dict[Stored, list[str]] = defaultdict(list)
+    for name, settings in right.items():
+        alike[settings].append(name)
+    rules = {}
+    for settings, names in alike.items():
+        for pattern in _anchored(names):
+            rules[f"+:{pattern}"] = settings._asdict()
+    return rules
 
 
 def misnamed(

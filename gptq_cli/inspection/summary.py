@@ -184,11 +184,12 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:
     modules = content.modules
     others = _other_tensors(checkpoint, content, coded.values())
     blocks = _blocks(checkpoint.tensors)
+    matrices = _matrices(others, blocks, checkpoint.n_blocks)
     quantized = [_row(module, blocks, sym=content.is_sym(module.name)) for module in modules]
     quantized += _coded_rows(checkpoint, coded.values(), blocks)
     parameters = sum(module.weights for module in modules)
-    plain = [weight.plain for weight in coded.values()]
-    parameters += sum(math.prod(tensor.shape) for tensor in [*others, *plain])
+    for tensor in [*others, *(weight.plain for weight in coded.values())]:
+        parameters += math.prod(tensor.shape)
     return Inspection(
         method=checkpoint.method,
         format=content.format,
@@ -196,7 +197,7 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:
         desc_act=content.desc_act,
         modules=modules,
         settings=content.settings,
-        matrices=_matrices(others, blocks, checkpoint.n_blocks),
+        matrices=matrices,
         transposed=stores_transposed(checkpoint.config),
         quantized=tuple(collapse(quantized)),
         kept=tuple([replace(row, why="") for row in other_rows(others, blocks)]),
@@ -205,7 +206,7 @@ def inspect_checkpoint(checkpoint: Checkpoint) -> Inspection:
         files=_files(checkpoint),
         provenance=_provenance(checkpoint),
         defects=content.defects,
-        misnamed=_misnamed(content, _matrices(others, blocks, checkpoint.n_blocks)),
+        misnamed=_misnamed(content, matrices),
     )
 
 
@@ -296,13 +297,17 @@ def _matrices(tensors: Iterable[TensorInfo], blocks: str, n_blocks: int | None) 
             name = f"{parent}.0.{leaf}"
         elif len(tensor.shape) != 2:
             continue
-        item = list_item(name)
-        if item is not None and item.list_name != blocks:
-            continue
-        if item is not None and n_blocks is not None and int(item.number) >= n_blocks:
-            continue
-        names.append(name)
+        if _is_run(name, blocks, n_blocks):
+            names.append(name)
     return tuple(names)
+
+
+def _is_run(name: str, blocks: str, n_blocks: int | None) -> bool:
+    """Return whether a module is one of the `n_blocks` that the model runs, or in no list."""
+    item = list_item(name)
+    if item is None:
+        return True
+    return item.list_name == blocks and (n_blocks is None or int(item.number) < n_blocks)
 
 
 def _defects(checkpoint: Checkpoint) -> tuple[Defect, ...]:

@@ -634,10 +634,7 @@ def copy_others(
     if a decoded tensor is not finite in its dtype.
     """
     decoded = {tensor.name for tensor in plan.decoded}
-    transposed = set()
-    for layer in plan.kept:
-        if layer.transposed and plan.plain.is_packed(layer.weight.name):
-            transposed.add(layer.weight.name)
+    transposed = _decoded_transposed(plan)
     wanted = [tensor for tensor in plan.copied if tensor.name.startswith(prefix)]
     count = ByteCount(report, sum(tensor.nbytes for tensor in wanted))
     reader = open_reader(plan.source)
@@ -646,14 +643,23 @@ def copy_others(
             count.passed(tensor.nbytes)
             continue
         plan.source.fetch(tensor.name)
-        if tensor.name in decoded:
-            weight = _decoded(reader, tensor)
-            if tensor.name in transposed:
-                weight = weight.T.contiguous()
-            writer.write(tensor.name, weight)
-            count.passed(tensor.nbytes)
-        else:
+        if tensor.name not in decoded:
             writer.copy(tensor, count)
+            continue
+        weight = _decoded(reader, tensor)
+        if tensor.name in transposed:
+            weight = weight.T.contiguous()
+        writer.write(tensor.name, weight)
+        count.passed(tensor.nbytes)
+
+
+def _decoded_transposed(plan: RunPlan) -> set[str]:
+    """Return the tensors that are decoded as [O, I], but which the output stores as [I, O]."""
+    names = set()
+    for layer in plan.kept:
+        if layer.transposed and plan.plain.is_packed(layer.weight.name):
+            names.add(layer.weight.name)
+    return names
 
 
 def _decoded(reader: PlainReader, tensor: TensorInfo) -> Tensor:
