@@ -117,7 +117,7 @@ def _is_whole_document(line: str, file: Path) -> bool:
         return False
     try:
         json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return True
     return False
 

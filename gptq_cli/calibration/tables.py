@@ -156,7 +156,7 @@ def _read(file: Path) -> dict[str, Any]:
         content = file.read_bytes()
     try:
         values = json.loads(content)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise _not_saved(file, f"it is not JSON: {error}") from error
     if not isinstance(values, dict):
         raise _not_saved(file, "it holds no object")

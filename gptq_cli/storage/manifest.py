@@ -54,6 +54,10 @@ class Journal:
             self._note(entry, line)
         self.damaged_bytes = len(content) - self._end
 
+    def begin(self) -> None:
+        """Create the file, without entries: if it is missing later, somebody has removed it."""
+        write_file(self._path, b"")
+
     def append(self, entry: Entry) -> None:
         """Append an entry; it is durable on return."""
         if self._file is None:
@@ -94,9 +98,10 @@ class Journal:
         try:
             entry: Entry = json.loads(line)
             checksum = entry.pop("checksum")
-        except (ValueError, AttributeError, TypeError, KeyError):
+            intact = line.endswith(b"\n") and checksum == self._sum(entry)
+        except (ValueError, AttributeError, TypeError, KeyError, RecursionError):
             return None
-        if line.endswith(b"\n") and checksum == self._sum(entry):
+        if intact:
             return entry
         return None
 
@@ -235,9 +240,10 @@ def read_sealed(file: Path) -> dict[str, Any] | None:
         raw = file.read_bytes()
     try:
         content = json.loads(raw)
+        intact = is_intact(content)
     except (ValueError, RecursionError):
         return None
-    if is_intact(content):
+    if intact:
         return content
     return None
 

@@ -124,10 +124,10 @@ class WorkDirectory:
         return self.path / ALLOCATION_STATES[save % 2]
 
     def holds_work(self) -> bool:
-        """Return whether a later run can use something in the directory."""
+        """Return whether a later run can use something in the directory; an empty file is none."""
         passes = (self.gradients / JOURNAL, self.harms / JOURNAL)
         kept = (self.journal, *passes, self.allocation, self.allocation_journal)
-        return any(file.exists() for file in kept)
+        return any(file.exists() and file.stat().st_size for file in kept)
 
     def publish(self, model: Path, *, overwrite: bool) -> None:
         """Rename the finished `stage`, made from `model`, to the output.
@@ -330,7 +330,7 @@ def _holder(work: WorkDirectory) -> str:
     try:
         holder = json.loads((work.path / HOLDER).read_bytes())
         return f"another run (process {holder['pid']} on {holder['host']})"
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return "another run"
 
 

@@ -366,6 +366,7 @@ REFUSALS: dict[str, tuple[str, bytes, str, str]] = {
         "has no rows",
     ),
     "broken jsonl": ("x.jsonl", b'{"text": "a"\n{"te', "E_DATA_FORMAT", "cannot be read"),
+    "deep json": ("x.json", b'{"text": ' + b"[" * 100_000, "E_DATA_FORMAT", "cannot be read"),
     "broken parquet": ("x.parquet", b"PAR1 no", "E_DATA_FORMAT", "cannot be read"),
     "later row": (
         "x.jsonl",

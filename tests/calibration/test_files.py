@@ -134,7 +134,9 @@ def test_a_split_never_leaves_its_saved_folder(
     assert error.hint == "write the folder again with save_to_disk"
 
 
-@pytest.mark.parametrize("damage", ["{", "[]", '{"_data_files": []}', '{"_data_files": [{}]}'])
+@pytest.mark.parametrize(
+    "damage", ["{", "[]", '{"_data_files": []}', '{"_data_files": [{}]}', "[" * 100_000], ids=len
+)
 def test_a_damaged_folder_of_save_to_disk_is_refused(
     damage: str, saved: datasets.Dataset, tmp_path: Path
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from gptq_cli.checkpoint.writer import CheckpointWriter
 from gptq_cli.errors import ExistsError, GateError
 from gptq_cli.events import Event, Resumed, Warned
 from gptq_cli.quantization.resume import BlockStore
-from gptq_cli.storage.manifest import Journal, sealed
+from gptq_cli.storage.manifest import Journal, read_sealed, sealed
 from gptq_cli.storage.manifest import digest as digest_of
 from tests.disks import CountingDisk, DyingDisk, Killed, using
 from tests.runs import digest, messages
@@ -193,6 +194,15 @@ def test_a_journal_rejects_moved_lines_and_lines_of_other_runs(
         assert len(Journal(tmp_path / "journal", given).entries) == count
     (tmp_path / "journal").write_bytes(b'["no", "object"]\n')
     assert Journal(tmp_path / "journal", seed).entries == []
+
+
+@pytest.mark.parametrize("depth", [*range(sys.getrecursionlimit() - 150, 1000, 2), 100_000])
+def test_nested_brackets_are_damage(depth: int, tmp_path: Path) -> None:
+    nested = '{"checksum": "", "seed": ' + "[" * depth + "]" * depth + "}\n"
+    (tmp_path / "file").write_text(nested)
+    assert read_sealed(tmp_path / "file") is None
+    journal = Journal(tmp_path / "file", "")
+    assert (journal.entries, journal.damaged_bytes) == ([], len(nested))
 
 
 def test_bytes_that_the_disk_altered_are_not_published(case: Case, tmp_path: Path) -> None:

@@ -274,9 +274,10 @@ def test_second_run_is_refused_with_the_name_of_the_first(tmp_path: Path) -> Non
                 second()
             assert (caught.value.code, caught.value.exit_code) == ("E_LOCKED", 6)
             assert caught.value.hint == "wait for it, or choose another -o"
-        (tmp_path / ".out.gptq-work" / "holder.json").write_text("{")
-        with pytest.raises(ExistsError, match=r"^another run is writing"):
-            refuse_locked(tmp_path / "out")
+        for damaged in ("{", "[" * 100_000):
+            (tmp_path / ".out.gptq-work" / "holder.json").write_text(damaged)
+            with pytest.raises(ExistsError, match=r"^another run is writing"):
+                refuse_locked(tmp_path / "out")
 
 
 def test_work_directory_of_another_process_is_not_used(tmp_path: Path) -> None:
