@@ -204,6 +204,19 @@ class Limits:
         if self._now() + self._longest > self._end:
             self._pause(f"the next {what} would not finish", what)
 
+    def check_time_together(self, ranks: Ranks) -> None:
+        """Raise PausedError E_PAUSED on all processes if the leader's next block would be late."""
+        pause = None
+        if ranks.is_leader:
+            try:
+                self.check_time_for_block()
+            except PausedError as error:
+                pause = str(error), error.hint
+        (pause,) = ranks.broadcast([pause])
+        if pause is not None:
+            message, hint = pause
+            raise PausedError("E_PAUSED", message, hint=hint)
+
     def check_time(self, what: str = "the current block") -> None:
         """Raise PausedError E_PAUSED if the time is over; `what` is done only as a whole."""
         if self._now() > self._end:

@@ -168,6 +168,8 @@ class Watch:
         self._stopped.set()
         try:
             self._mark_ended()
+            if not _may_follow_a_loss(error):
+                self._claimed()  # before others can see that a connection closes
             _let_go(error)
             if _may_follow_a_loss(error):
                 missing = self._missing()

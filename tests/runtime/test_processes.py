@@ -18,8 +18,8 @@ import pytest
 import torch
 
 from gptq_cli.cli.launch import launch
-from gptq_cli.errors import ResourceError, Stopped
-from gptq_cli.runtime import processes
+from gptq_cli.errors import GptqError, PausedError, ResourceError, Stopped
+from gptq_cli.runtime import processes, torchrun
 from gptq_cli.runtime.processes import (
     REPORTED_ELSEWHERE,
     Processes,
@@ -252,3 +252,34 @@ def test_a_removed_current_directory_is_no_failure(tmp_path: Path) -> None:
     command += f"exec {sys.executable} -m gptq_cli --version"
     found = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
     assert (found.returncode, found.stderr) == (0, "")
+
+
+class Claims:
+    """The store of two processes that have noted that they end."""
+
+    def __init__(self) -> None:
+        self.rank = ""
+
+    def set(self, *_: object) -> None:
+        """Forget what is noted."""
+
+    def check(self, _: object) -> bool:
+        return True
+
+    def compare_set(self, _key: str, _before: str, rank: str) -> str:
+        self.rank = self.rank or rank
+        return self.rank
+
+
+@pytest.mark.parametrize(
+    ("error", "reports"),
+    [(PausedError("E_PAUSED", "x"), True), (ResourceError("E_RANK_LOST", "x"), False)],
+)
+def test_a_process_claims_its_own_error_before_others_see_that_it_ends(
+    error: GptqError, reports: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = Claims()
+    monkeypatch.setattr(torchrun, "_let_go", lambda _: store.compare_set("", "", "1"))
+    raised = torchrun.Watch(store, 0, 2, lambda _: None).error_to_raise(error)
+    assert (raised is error) == reports
+    assert reports or isinstance(raised, torchrun.ReportedByAnotherRank)
