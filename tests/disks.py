@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from threading import RLock
 from typing import Any
 
@@ -84,6 +86,19 @@ class DyingDisk(CountingDisk):
             raise Killed
 
 
+class DiesWriting(DyingDisk):
+    """The process is killed when it begins to write a file."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(sys.maxsize)
+        self._name = name
+
+    def note(self, name: str, arguments: tuple[Any, ...], result: Any) -> None:
+        del result
+        if name == "open" and Path(arguments[0]).name == self._name:
+            self._last = len(self.operations)
+
+
 class FailingDisk(CountingDisk):
     """Refuses operation `first` with `code`, or that and all later ones."""
 
@@ -94,6 +109,14 @@ class FailingDisk(CountingDisk):
     def before(self, number: int, _name: str) -> None:
         if number == self._first or (self._for_ever and number > self._first):
             raise OSError(self._code, os.strerror(self._code))
+
+
+def damage_last_line(journal: Path, n_lines: int) -> None:
+    """Flip a bit in the last of the `n_lines` lines of a journal."""
+    content = bytearray(journal.read_bytes())
+    assert content.count(b"\n") == n_lines
+    content[-9] ^= 1
+    journal.write_bytes(content)
 
 
 @contextmanager

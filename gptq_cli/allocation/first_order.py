@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -38,7 +39,12 @@ from gptq_cli.models.stream import Batch, LoadedBlock
 from gptq_cli.planning.run_plan import LayerPlan
 from gptq_cli.quantization.block_loop import block_forwards
 from gptq_cli.quantization.layers import LayerSolver
-from gptq_cli.quantization.reverse_pass import PassStore, ReversePass, not_finite
+from gptq_cli.quantization.reverse_pass import (
+    PassStore,
+    ReversePass,
+    differentiating,
+    not_finite,
+)
 from gptq_cli.quantization.run_state import Run
 from gptq_cli.runtime.open_model import HiddenStates
 from gptq_cli.solver.quantized_linear import QuantizedLinear
@@ -121,15 +127,23 @@ class HarmPass(ReversePass):
             found = [tensor.cpu() for tensor in (*tensors, columns)]
             self._rounded[layer.name] = (*found, quantized.bits)
 
-    def at_the_head(self) -> dict[str, float]:
+    def at_the_head(self) -> tuple[dict[str, float], list[str]]:
+        needless = [_ahead(self.n_blocks)]
         head = rounded_head(self._hidden, self._solver)
         if head is None:
-            return {}
-        mine = [self._kl_of_head(state, head) for state in self.states]
+            return {}, needless
+        mine: list[float] = []
+        self.together(partial(self._compare_head, head, mine))
         total = math.fsum(self.ranks.all_gather(mine))
         if not math.isfinite(total):
             raise not_finite(HEAD, self.stream.dtype)
-        return {HEAD: total / self.tokens}
+        return {HEAD: total / self.tokens}, needless
+
+    def _compare_head(self, head: Tensor, kl: list[float]) -> None:
+        """Add to `kl` that of each piece if the output head has the weight `head`."""
+        with differentiating("the output head"):
+            for state in self.states:
+                kl.append(self._kl_of_head(state, head))
 
     def _kl_of_head(self, state: Tensor, head: Tensor) -> float:
         """Return the sum of the KL over the tokens of a piece if the head has another weight."""

@@ -326,6 +326,17 @@ def check_disk(
         )
 
 
+def check_temporary(directory: Path, nbytes: int) -> None:
+    """ResourceError E_DISK if `nbytes` of a measurement do not fit into a temporary directory."""
+    with file_errors(directory):
+        disk = os.statvfs(directory)
+    free = disk.f_bavail * disk.f_frsize
+    if nbytes > free:
+        message = f"`{directory}` has {size(free)} free, {size(nbytes)} of hidden states are needed"
+        hint = "set TMPDIR to a directory on another disk, or use fewer --nsamples"
+        raise ResourceError("E_DISK", message, hint=hint)
+
+
 def check_memory(
     plan: RunPlan,
     config: QuantizeConfig,

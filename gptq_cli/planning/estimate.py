@@ -293,12 +293,13 @@ def gradient_disk(plan: RunPlan, config: QuantizeConfig) -> int:
 
     On the way back states are removed, and sums are added: after the first of the blocks there are
     sums of one block, and after the last one the states before it, with gradients on both sides.
+    What a step needed is removed after the next step.
     """
     if not plan.loss_aware:
         return 0
     tokens, sums = gradient_tokens(plan, config), gradient_sums(plan, config)
     after_first = pass_disk(plan, config, tokens) + sums // plan.n_blocks
-    after_last = 3 * state_bytes(plan, config, tokens) + sums
+    after_last = 5 * state_bytes(plan, config, tokens) + sums
     return max(after_first, after_last)
 
 
@@ -311,9 +312,10 @@ def gradient_sums(plan: RunPlan, config: QuantizeConfig) -> int:
 def pass_disk(plan: RunPlan, config: QuantizeConfig, tokens: int) -> int:
     """Return the most bytes that a pass in reverse over this many tokens keeps of them.
 
-    These are the hidden states before all blocks and after the last one, with the gradients there.
+    These are the hidden states before all blocks and after the last one, with the gradients there
+    and before the last block.
     """
-    return (plan.n_blocks + 2) * state_bytes(plan, config, tokens)
+    return (plan.n_blocks + 3) * state_bytes(plan, config, tokens)
 
 
 def pass_writes(plan: RunPlan, config: QuantizeConfig, tokens: int) -> int:

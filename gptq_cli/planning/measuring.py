@@ -92,13 +92,15 @@ def _as_measured(plan: RunPlan, config: QuantizeConfig) -> QuantizeConfig:
 def measuring_disk(plan: RunPlan, config: QuantizeConfig) -> int:
     """Return the most bytes that a measurement by gradients keeps.
 
-    These are the states of the probe, those of the calibration before two blocks, and codes.
+    These are the states of the probe, those of the calibration around two blocks, and codes.
     """
     config = _as_measured(plan, config)
     tokens = probe_windows(config) * config.seqlen
     calibration = state_bytes(plan, config, calibration_windows(config) * config.seqlen)
     codes = sum(layer.n_weights for layer in plan.quantized)
-    return pass_disk(plan, config, tokens) + 2 * calibration + codes
+    # Three states of the calibration are there before the last two states of the probe.
+    more = max(0, calibration - state_bytes(plan, config, tokens))
+    return pass_disk(plan, config, tokens) + calibration + 2 * more + codes
 
 
 def measuring_seconds(plan: RunPlan, config: QuantizeConfig, rates: Rates) -> Seconds:

@@ -17,6 +17,7 @@ ends, so that a pass which was interrupted resumes at the next one.
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -59,14 +60,16 @@ class PassStore:
     """The files of a pass in `directory`, and the journal of its finished steps.
 
     A line of the journal has the hashes of the files that a step has written, the names of those
-    that are not needed after it, and what the step has found. `seed` is the hash of what all of
-    them depend on: those of another pass are discarded. If one of them is not as it was written,
-    W_RESUME_DAMAGED is reported, and the pass starts over.
+    that are not needed after it, and what the step has found. They are removed after the next step:
+    if the line is damaged, the pass resumes at the step before it. `seed` is the hash of what all
+    files depend on: those of another pass are discarded. If a file that is needed is not as it was
+    written, the pass starts over. Damage is reported as W_RESUME_DAMAGED.
     """
 
     def __init__(self, directory: Path, seed: str, report: Report) -> None:
-        self._directory, self._report = directory, report
+        self.directory, self._report = directory, report
         self._hashes: dict[str, str] = {}  # of the files that are needed
+        self._needless: list[str] = []  # files that the last step needed
         self._journal = Journal(directory / JOURNAL, seed)
         for entry in self._journal.entries:
             self._note(entry)
@@ -75,8 +78,8 @@ class PassStore:
 
     def _is_of(self, seed: str) -> bool:
         """Return whether the files are those of this pass; report it if nobody can tell."""
-        path = self._directory / SEED
-        if not is_file(path):
+        path = self.directory / SEED
+        if not is_file(path) and not self._has_lines():
             return False
         found = read_sealed(path)
         if found is None:
@@ -84,32 +87,49 @@ class PassStore:
             return False
         return bool(found["seed"] == seed)
 
+    def _has_lines(self) -> bool:
+        return bool(self._journal.entries or self._journal.damaged_bytes)
+
     def _is_intact(self) -> bool:
-        """Return whether all files are as they were written; report it if one is not."""
-        if self._journal.damaged_bytes:
-            damaged = f"the last {self._journal.damaged_bytes} bytes of its journal are not valid"
-            self._warn(f"{damaged}: the run repeats what they stand for")
+        """Return whether the pass can go on after the finished steps; report damage, once."""
+        n_damaged, wrong = self._journal.damaged_bytes, self._wrong_file()
+        if n_damaged:
+            repeated = "what they stand for"
+            if wrong is not None:
+                repeated = "the pass"
+            damaged = f"the last {n_damaged} bytes of its journal are not valid"
+            self._warn(f"{damaged}: the run repeats {repeated}")
+        elif wrong is not None:
+            self._warn(f"`{wrong}` is not as it was written: the run repeats the pass")
+        return wrong is None
+
+    def _wrong_file(self) -> str | None:
+        """Return the name of a file that is missing or not as it was written; None if none is."""
+        if not is_file(self.directory / JOURNAL):
+            return JOURNAL
         for name, known in self._hashes.items():
-            path = self._directory / name
+            path = self.directory / name
             if not is_file(path) or file_hash(path) != known:
-                self._warn(f"`{name}` is not as it was written: the run repeats the pass")
-                return False
-        return True
+                return name
+        return None
 
     def _warn(self, text: str) -> None:
-        self._report(Warned("W_RESUME_DAMAGED", f"gradients in `{self._directory}`: {text}"))
+        self._report(Warned("W_RESUME_DAMAGED", f"gradients in `{self.directory}`: {text}"))
 
     def _begin(self, seed: str) -> None:
         """Discard what an earlier call has left; the journal goes first."""
-        remove(self._directory / JOURNAL)
-        remove(self._directory)
-        make_directory(self._directory, 0o700)
-        write_json(self._directory / SEED, sealed({"seed": seed}))
-        self._journal, self._hashes = Journal(self._directory / JOURNAL, seed), {}
+        remove(self.directory / JOURNAL)
+        remove(self.directory)
+        make_directory(self.directory, 0o700)
+        self._journal = Journal(self.directory / JOURNAL, seed)
+        self._journal.begin()
+        write_json(self.directory / SEED, sealed({"seed": seed}))
+        self._hashes, self._needless = {}, []
 
     def _note(self, entry: Entry) -> None:
         self._hashes |= entry["files"]
-        for name in entry["needless"]:
+        self._needless = entry["needless"]
+        for name in self._needless:
             self._hashes.pop(name, None)
 
     @property
@@ -124,28 +144,28 @@ class PassStore:
 
     def read(self, name: str) -> Any:
         """Return the tensors of a file, on the host; those that are not used are not read."""
-        return torch.load(self._directory / name, map_location="cpu", weights_only=True, mmap=True)
+        return torch.load(self.directory / name, map_location="cpu", weights_only=True, mmap=True)
 
     def finish(self, files: Mapping[str, Any], needless: Sequence[str], found: Any) -> None:
         """Make a step durable: its `files` of tensors, and what it has `found`, plain values.
 
-        The files that are `needless` from now on are removed.
+        The files that are `needless` from now on are removed after the next step.
         """
-        hashes = {}
+        before, hashes = self._needless, {}
         for name, content in files.items():
-            hashes[name] = save_tensors(self._directory / name, content)
+            hashes[name] = save_tensors(self.directory / name, content)
         entry = {"files": hashes, "needless": list(needless), "found": found}
         self._journal.append(entry)
         self._note(entry)
-        for name in needless:
-            remove(self._directory / name)
+        for name in before:
+            remove(self.directory / name)
 
     def close(self) -> None:
         """Close the journal."""
         self._journal.close()
 
 
-class ReversePass:
+class ReversePass(ABC):
     """A pass over this process's share of `pieces`, which has no pieces if there are few.
 
     `ahead` are batches of this process that subclasses run through each block before its pieces.
@@ -178,9 +198,11 @@ class ReversePass:
 
     def embedded(self, states: Sequence[State]) -> None:
         """Take the states of the batches `ahead` before the first block."""
+        del states
 
     def resumed(self, n_steps: int) -> None:
         """Take up what was written by the first `n_steps` steps."""
+        del n_steps
 
     def forward_block(self, index: int, block: LoadedBlock) -> tuple[dict[str, Any], list[str]]:
         """Work on a block before the pieces pass it forward.
@@ -190,23 +212,27 @@ class ReversePass:
         del index, block
         return {}, []
 
-    def at_the_head(self) -> Any:
-        """Work on the output head before the gradients are taken there; return what was found."""
+    def at_the_head(self) -> tuple[Any, list[str]]:
+        """Work on the output head before the gradients are taken there.
 
+        Return what was found, and the names of the files that are not needed after it.
+        """
+        return None, []
+
+    @abstractmethod
     def reverse_block(self, index: int) -> Sequence[str]:
         """Prepare for a block in reverse; return the linears whose outputs need gradients."""
-        raise NotImplementedError
 
+    @abstractmethod
     def note(self, piece: int, name: str, inputs: Tensor, gradient: Tensor) -> None:
         """Take the inputs [..., I] of a call of a linear, and the gradient [..., O] at its outputs.
 
         `piece` is counted in this process.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def end_block(self, index: int) -> tuple[dict[str, Any], list[str], Any]:
         """Return the files of a block in reverse, those not needed after it, and what was found."""
-        raise NotImplementedError
 
     # ------------------------------------------------------------ the pass
 
@@ -236,7 +262,7 @@ class ReversePass:
 
     def _timed(self, step: Callable[[], None]) -> None:
         """Do a step, unless the limits of time or memory end the run before it."""
-        self.run.limits.check_time_for_block("step")
+        self.run.limits.check_time_together(self.ranks, "step")
         self.run.budget.memory.check_host()
         started = time.perf_counter()
         step()
@@ -321,19 +347,19 @@ class ReversePass:
 
     def _at_the_end(self) -> None:
         """Take the gradient at the hidden states after the last block, for labels drawn there."""
-        found = self.at_the_head()
+        found, needless = self.at_the_head()
         with self.stream.head() as logits:
-            self._together(partial(self._differentiate_head, logits))
+            self.together(partial(self._differentiate_head, logits))
         self.states = []
         gradients = {_gradients(self.n_blocks): self._gradients}
-        self._finish(gradients, {}, [_states(self.n_blocks)], found)
+        self._finish(gradients, {}, [_states(self.n_blocks), *needless], found)
 
     def _differentiate_head(self, logits: Logits) -> None:
         # The same numbers on every type of device and for every number of processes
         random = torch.Generator().manual_seed(self.run.config.seed)
         drawn = torch.rand(self.tokens, generator=random)[self._first_token :]
         self._gradients = []
-        with _differentiating("the output head"):
+        with differentiating("the output head"):
             for _, state in self._counted(self.states, self.n_blocks):
                 parts = self.parts_for_logits(state)
                 found = []
@@ -356,7 +382,7 @@ class ReversePass:
         states = self._read(_states(index))
         with self._block(index, index - 1) as block:
             names = self.reverse_block(index)
-            self._together(partial(self._reverse, index, block, states, names))
+            self.together(partial(self._reverse, index, block, states, names))
         files, needless, found = self.end_block(index)
         needless = [_states(index), _gradients(index + 1), *needless]
         self._finish({_gradients(index): self._gradients}, files, needless, found)
@@ -369,11 +395,11 @@ class ReversePass:
             on_device = state.to(self.stream.device)
             gradient = self._gradients[number].to(self.stream.device)
             call, note = block.calls[len(self.ahead) + number], partial(self.note, number)
-            with _differentiating(f"`{self.stream.block_name(index)}`"):
+            with differentiating(f"`{self.stream.block_name(index)}`"):
                 before = differentiate(block, call, on_device, gradient, names, note)
             self._gradients[number] = before
 
-    def _together(self, work: Callable[[], None]) -> None:
+    def together(self, work: Callable[[], None]) -> None:
         """Do `work`; raise NoGradientError on all processes if one of them does."""
         why, hint = None, None
         try:
@@ -539,7 +565,7 @@ def _hidden(state: Any) -> Tensor:
 
 
 @contextmanager
-def _differentiating(what: str) -> Iterator[None]:
+def differentiating(what: str) -> Iterator[None]:
     """Turn an error of the model's own code, or of torch about it, into NoGradientError."""
     try:
         yield

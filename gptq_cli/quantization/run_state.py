@@ -204,12 +204,12 @@ class Limits:
         if self._now() + self._longest > self._end:
             self._pause(f"the next {what} would not finish", what)
 
-    def check_time_together(self, ranks: Ranks) -> None:
+    def check_time_together(self, ranks: Ranks, what: str = "block") -> None:
         """Raise PausedError E_PAUSED on all processes if the leader's next block would be late."""
         pause = None
         if ranks.is_leader:
             try:
-                self.check_time_for_block()
+                self.check_time_for_block(what)
             except PausedError as error:
                 pause = str(error), error.hint
         (pause,) = ranks.broadcast([pause])

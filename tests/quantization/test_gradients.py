@@ -26,7 +26,7 @@ from gptq_cli.solver.factor import HessianFactor, NotPositiveDefiniteError
 from gptq_cli.solver.hessian import LONGEST
 from gptq_cli.storage.work_directory import JOURNAL
 from tests.architectures import build
-from tests.disks import CountingDisk, Killed, using
+from tests.disks import CountingDisk, DiesWriting, Killed, damage_last_line, using
 from tests.families import save, save_model
 from tests.runs import calibration_ids, config, digest, messages, quantize
 from tests.tiny import SMALL, WORK, Case, killer
@@ -434,7 +434,22 @@ def damage_journal(work: Path) -> None:
     path.write_bytes(path.read_bytes().replace(b"needless", b"useless", 1))
 
 
-@pytest.mark.parametrize("change", [damage, remove, damage_journal])
+def deepen_journal(work: Path) -> None:
+    (work / "gradients" / JOURNAL).write_bytes(b"[" * 100_000)
+
+
+def remove_journal(work: Path) -> None:
+    (work / "gradients" / JOURNAL).unlink()
+
+
+def remove_seed(work: Path) -> None:
+    (work / "gradients" / "seed.json").unlink()
+
+
+CHANGES = [damage, remove, damage_journal, deepen_journal, remove_journal, remove_seed]
+
+
+@pytest.mark.parametrize("change", CHANGES)
 def test_a_damaged_sum_is_reported_and_summed_anew(
     change: Callable[[Path], None], aware: LossAware, tmp_path: Path
 ) -> None:
@@ -447,6 +462,41 @@ def test_a_damaged_sum_is_reported_and_summed_anew(
     assert warned.startswith(f"gradients in `{tmp_path / WORK / 'gradients'}`: ")
     assert phases(events).count("gradients") == 2
     assert digest(tmp_path / "out") == aware.tree
+
+
+@pytest.mark.parametrize("n_steps", range(1, 6))
+def test_a_pass_whose_last_step_is_damaged_resumes_at_the_step_before_it(
+    n_steps: int, aware: LossAware, tmp_path: Path
+) -> None:
+    events: list[Event] = []
+
+    def stop(event: Event) -> None:
+        events.append(event)
+        if sum(map(ends_step, events)) > n_steps or phases(events)[-1] == "embeddings":
+            raise Killed
+
+    with pytest.raises(Killed):
+        aware.run(tmp_path / "out", report=stop)
+    damage_last_line(tmp_path / WORK / "gradients" / JOURNAL, n_steps)
+    again: list[Event] = []
+    aware.run(tmp_path / "out", report=again.append)
+    assert sum(map(ends_step, again)) == 5 - (n_steps - 1)
+    (warned,) = messages(again, "W_RESUME_DAMAGED")
+    assert warned.endswith(
+        " bytes of its journal are not valid: the run repeats what they stand for"
+    )
+    assert digest(tmp_path / "out") == aware.tree
+
+
+def test_a_pass_that_was_killed_in_its_first_step_is_not_damaged(
+    aware: LossAware, tmp_path: Path
+) -> None:
+    with pytest.raises(Killed), using(DiesWriting("states-1")):
+        aware.run(tmp_path / "out")
+    assert (tmp_path / WORK / "gradients" / "states-1").exists()
+    events: list[Event] = []
+    aware.run(tmp_path / "out", report=events.append)
+    assert messages(events, "W_RESUME_DAMAGED") == []
 
 
 @pytest.mark.parametrize("changes", [{"seed": 1}, {"resume": "never"}])
