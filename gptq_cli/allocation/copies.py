@@ -136,7 +136,7 @@ class Copying:
         for index in range(self._restore(hidden, saved), stream.n_blocks):
             started = time.perf_counter()
             self.report(BlockStarted(index, stream.n_blocks, stream.block_name(index)))
-            self.limits.check_time_for_block()
+            self.limits.check_time_together(self.ranks)
             with stream.block(index) as block, block_forwards(block, [hidden], run) as forwards:
                 self._measure_block(block, forwards, hidden)
             self._save(index, hidden, saved)

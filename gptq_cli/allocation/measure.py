@@ -15,7 +15,7 @@ from torch import Tensor
 from gptq_cli.allocation.copies import Copying, probe_shape
 from gptq_cli.allocation.first_order import HarmPass
 from gptq_cli.allocation.harms import Measurement
-from gptq_cli.allocation.saved import MeasuredBlocks
+from gptq_cli.allocation.saved import MeasuredBlocks, begin_copies, has_begun_copies
 from gptq_cli.allocation.units import Unit
 from gptq_cli.calibration.windows import Windows
 from gptq_cli.checkpoint.decoded import forward_dtype
@@ -23,7 +23,7 @@ from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.errors import InputError, counted
 from gptq_cli.events import PhaseStarted, Report, Resumed, ignore
 from gptq_cli.models.stream import ModelStream
-from gptq_cli.planning.checks import PreparedRun, check_disk
+from gptq_cli.planning.checks import PreparedRun, check_disk, check_temporary
 from gptq_cli.planning.measuring import (
     QUICK,
     calibration_windows,
@@ -40,7 +40,7 @@ from gptq_cli.runtime.device import Worker
 from gptq_cli.runtime.memory import Memory
 from gptq_cli.runtime.open_model import DTYPES, open_stream
 from gptq_cli.storage.durable import remove
-from gptq_cli.storage.manifest import Journal, digest
+from gptq_cli.storage.manifest import digest
 from gptq_cli.storage.work_directory import WorkDirectory
 
 
@@ -59,39 +59,40 @@ class Measuring:
     report: Report
     work: WorkDirectory | None
     identity: Identity
+    limits: Limits  # of the whole measurement
 
     def carry_out(self, stream: ModelStream) -> Measurement:
         """Measure with gradients; if the model allows none, with copies of the probe."""
         begun = None
         if self.worker.team.is_leader:
-            begun = self._has_begun_copies()
+            begun = self.work is not None and has_begun_copies(self.work, self.identity)
         if not self.worker.team.broadcast(begun):
             try:
                 return self._with_gradients(stream)
             except NoGradientError as error:
                 self.report(PhaseStarted("probe", f"copies for each unit, because {error}"))
                 if self.work is not None:
+                    begin_copies(self.work, self.identity)
                     remove(self.work.harms)
         return self._with_copies()
-
-    def _has_begun_copies(self) -> bool:
-        """Return whether an earlier call has found that the model allows no gradients."""
-        if self.work is None:
-            return False
-        journal = Journal(self.work.allocation_journal, digest(self.identity))
-        return bool(journal.entries)
 
     def _with_gradients(self, stream: ModelStream) -> Measurement:
         config = self.prepared.config
         n_windows = probe_windows(config)
         probe = self._probe(n_windows, config.seqlen)
-        limits = Limits(config, self.prepared.options.max_seconds)
-        run = self._run(stream, limits)
+        run = self._run(stream, self.limits)
         pieces = pieces_of(cast(Sequence[Tensor], probe.batches(n_windows)))
         with self._store() as store:
-            if self.work is not None:
-                check_disk(self.work, 0, measuring_disk(self.plan, config))
+            self._check_disk(store)
             return HarmPass(run, self.units, pieces, store, self.report).measure()
+
+    def _check_disk(self, store: PassStore | None) -> None:
+        """Raise ResourceError E_DISK if the disk cannot hold what the pass keeps in `store`."""
+        needed = measuring_disk(self.plan, self.prepared.config)
+        if self.work is not None:
+            check_disk(self.work, 0, needed)
+        elif store is not None:
+            check_temporary(store.directory, needed)
 
     @contextmanager
     def _store(self) -> Iterator[PassStore | None]:
@@ -119,13 +120,12 @@ class Measuring:
         n_tokens, seqlen = config.nsamples * config.seqlen, config.seqlen
         probe = self._probe(*probe_shape(n_tokens, len(self.units), seqlen))
         run = self._run(stream, Limits(config))
-        limits = Limits(config, self.prepared.options.max_seconds)
         calibrated_in = DTYPES[forward_dtype(self.prepared.plan.source, config.dtype)]
-        copying = Copying(run, self.units, probe, calibrated_in, self.report, limits)
+        copying = Copying(run, self.units, probe, calibrated_in, self.report, self.limits)
         if self.work is None:
             return copying.carry_out()
-        times = SavingTimes(always=limits.has_end)
-        with MeasuredBlocks(self.work, self.identity, times) as saved:
+        times = SavingTimes(always=self.limits.has_end)
+        with MeasuredBlocks(self.work, self.identity, times, self.report) as saved:
             if saved.n_finished:
                 self.report(Resumed(saved.n_finished, stream.n_blocks, self.work.path))
             return copying.carry_out(saved)

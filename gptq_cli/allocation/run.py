@@ -43,6 +43,7 @@ from gptq_cli.planning.plan import plan_checkpoint, refine_plan
 from gptq_cli.planning.run_plan import RunPlan, judge_plan
 from gptq_cli.quantization.resume import Identity
 from gptq_cli.quantization.run import Calibration, how_read, identify_run, request_of
+from gptq_cli.quantization.run_state import Limits
 from gptq_cli.runtime.device import (
     Worker,
     measuring_dtype,
@@ -172,6 +173,7 @@ def measure_model(
     started = time.perf_counter()
     widths = allowed_bits(goal)
     worker = with_kernels(worker, prepared.config)
+    limits = _limits(prepared, worker)
     with (
         _work_directory(prepared, worker, place, report) as work,
         torch.inference_mode(),
@@ -200,7 +202,15 @@ def measure_model(
         if measured is None:
             _begin(prepared, goal, kept)
             measuring = Measuring(
-                prepared, plans[reference], units, calibration, worker, report, work, identity
+                prepared,
+                plans[reference],
+                units,
+                calibration,
+                worker,
+                report,
+                work,
+                identity,
+                limits,
             )
             with _reporting_kept_work(work, report):
                 measured = measuring.carry_out(stream)
@@ -307,6 +317,13 @@ def _work_directory(
     keep = place.result is None
     with working_on(place.output, report, allow_network_fs=allow, keep=keep) as work:
         yield work
+
+
+def _limits(prepared: PreparedRun, worker: Worker) -> Limits:
+    """Return the limits of the measurement, which begins now; the leader's end it."""
+    if not worker.team.is_leader:
+        return Limits(prepared.config)
+    return Limits(prepared.config, prepared.options.max_seconds)
 
 
 class _Plans:

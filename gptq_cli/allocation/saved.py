@@ -1,7 +1,8 @@
 """A measurement on the disk: its state after finished blocks, and its result.
 
 The state lies in the work directory beside the output. A line of the journal has the number of the
-finished block and the hash of the file with the hidden states. The
+finished block and the hash of the file with the hidden states. The first line has neither: it tells
+that the model has no gradients. The
 result is a file of JSON with the identity of the measurement: everything that its figures depend
 on. A run with a goal adds what it chose from, for its report. Only the leader of several processes
 reads and writes.
@@ -31,12 +32,18 @@ LEAST_KL, MOST_KL = -1e-3, 1e38  # float32 leaves a KL of 0 a little below 0, an
 class MeasuredBlocks:
     """The finished blocks of a measurement in a work directory; opening checks them."""
 
-    def __init__(self, work: WorkDirectory, identity: Identity, times: SavingTimes) -> None:
+    def __init__(
+        self, work: WorkDirectory, identity: Identity, times: SavingTimes, report: Report
+    ) -> None:
         self.times, self._work = times, work
         self._journal = Journal(work.allocation_journal, digest(identity))
-        kept = len(self._journal.entries)
+        n_lines = len(self._journal.entries)
+        kept = n_lines
         while kept and not self._is_intact(kept - 1):
             kept -= 1
+        if kept < n_lines or self._journal.damaged_bytes:
+            text = f"finished blocks of the measurement in `{work.path}` are not as they were saved"
+            report(Warned("W_RESUME_DAMAGED", f"{text}: the run repeats what depends on them"))
         self._journal.cut(kept)
 
     def __enter__(self) -> MeasuredBlocks:
@@ -70,8 +77,21 @@ class MeasuredBlocks:
         self.times.saved()
 
     def _is_intact(self, number: int) -> bool:
-        file = self._work.allocation_state(number)
-        return file.is_file() and file_hash(file) == self._journal.entries[number]["state"]
+        file, saved = self._work.allocation_state(number), self._journal.entries[number]["state"]
+        return saved is None or (file.is_file() and file_hash(file) == saved)
+
+
+def begin_copies(work: WorkDirectory, identity: Identity) -> None:
+    """Note that the model has no gradients, so that no later call tries them again."""
+    remove(work.allocation_journal)
+    journal = Journal(work.allocation_journal, digest(identity))
+    journal.append({"block": -1, "state": None})
+    journal.close()
+
+
+def has_begun_copies(work: WorkDirectory, identity: Identity) -> bool:
+    """Return whether an earlier call has found that the model has no gradients."""
+    return bool(Journal(work.allocation_journal, digest(identity)).entries)
 
 
 def read_measurement(

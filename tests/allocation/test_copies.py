@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import chain
 from pathlib import Path
 
@@ -16,17 +16,18 @@ from gptq_cli.allocation.first_order import HarmPass
 from gptq_cli.allocation.harms import REFERENCE
 from gptq_cli.checkpoint.source import open_checkpoint
 from gptq_cli.config.schema import QuantizeConfig
-from gptq_cli.events import BlockFinished, Event, PhaseStarted, ignore
+from gptq_cli.errors import PausedError
+from gptq_cli.events import BlockFinished, BlockStarted, Event, PhaseStarted, ignore
 from gptq_cli.quantization.reverse_pass import NoGradientError
 from gptq_cli.quantization.run import calibrate
-from gptq_cli.quantization.run_state import SavingTimes
+from gptq_cli.quantization.run_state import Limits, SavingTimes
 from gptq_cli.runtime.ranks import SINGLE_PROCESS
 from tests.allocation.measuring import SIZES, divergence, figures, goal, measure, rounded
 from tests.allocation.processes import measure_together
 from tests.architectures import build
 from tests.disks import Killed
 from tests.families import save, save_model, texts
-from tests.runs import calibration_ids, config
+from tests.runs import calibration_ids, config, messages
 from tests.whole_model import whole_model
 
 
@@ -199,6 +200,76 @@ def test_a_killed_measurement_resumes_to_the_same_bytes(
     assert finished == [2]
     assert figures(file) == figures(tmp_path / "whole.yaml")
     assert not (tmp_path / ".a.yaml.gptq-work").exists()
+
+
+def count_tries(monkeypatch: pytest.MonkeyPatch, refused: Callable[[], None]) -> list[HarmPass]:
+    """Return a list that gets each pass for gradients; `refused` is called when one fails."""
+    tries: list[HarmPass] = []
+
+    def refuse(harm_pass: HarmPass) -> None:
+        tries.append(harm_pass)
+        refused()
+        raise NoGradientError("this test wants none")
+
+    monkeypatch.setattr(HarmPass, "carry_out", refuse)
+    return tries
+
+
+def test_gradients_that_fail_once_are_not_tried_again(
+    qwen3: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tries = count_tries(monkeypatch, lambda: None)
+
+    def stop(event: Event) -> None:
+        if isinstance(event, BlockStarted):
+            raise Killed
+
+    for _ in range(2):
+        with pytest.raises(Killed):
+            measure(qwen3, goal(), tmp_path / "a.yaml", stop)
+    measure(qwen3, goal(), tmp_path / "a.yaml")
+    assert len(tries) == 1
+    measure(qwen3, goal(), tmp_path / "whole.yaml")
+    assert figures(tmp_path / "a.yaml") == figures(tmp_path / "whole.yaml")
+
+
+def test_the_time_of_gradients_that_fail_counts(
+    qwen3: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0
+
+    def pass_time() -> None:
+        nonlocal now
+        now = 100.0
+
+    tries = count_tries(monkeypatch, pass_time)
+    monkeypatch.setattr(Limits.__init__, "__defaults__", (None, 0.0, lambda: now))
+    with pytest.raises(PausedError, match="the next block would not finish within"):
+        measure(qwen3, goal(), tmp_path / "a.yaml", max_seconds=99)
+    measure(qwen3, goal(), tmp_path / "a.yaml", max_seconds=99)
+    assert len(tries) == 1
+
+
+def test_damaged_copies_are_reported_and_repeated(
+    qwen3: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(SavingTimes, "is_due", lambda *_: True)
+    measure(qwen3, goal(), tmp_path / "whole.yaml")
+    work = tmp_path / ".a.yaml.gptq-work"
+    for name in ("allocation.jsonl", "allocation-0"):
+        with pytest.raises(Killed):
+            measure(qwen3, goal(), tmp_path / "a.yaml", kill_after(1))
+        content = bytearray((work / name).read_bytes())
+        content[-9] ^= 1
+        (work / name).write_bytes(content)
+        events: list[Event] = []
+        measure(qwen3, goal(), tmp_path / "a.yaml", events.append)
+        finished = [event.index for event in events if isinstance(event, BlockFinished)]
+        assert finished == [1, 2]
+        (warned,) = messages(events, "W_RESUME_DAMAGED")
+        assert warned.startswith(f"finished blocks of the measurement in `{work}` are not as")
+        assert figures(tmp_path / "a.yaml") == figures(tmp_path / "whole.yaml")
+        (tmp_path / "a.json").unlink()
 
 
 @pytest.mark.filterwarnings("ignore")  # the warnings of transformers do not matter here

@@ -5,23 +5,30 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from tempfile import gettempdir
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from gptq_cli.allocation.goals import starting_config
 from gptq_cli.allocation.harms import Measurement
+from gptq_cli.allocation.run import measure_model
 from gptq_cli.allocation.saved import read_measurement
+from gptq_cli.errors import ResourceError
 from gptq_cli.events import Event, Noted, PhaseStarted, Warned
+from gptq_cli.planning import checks
+from gptq_cli.planning.checks import RunOptions, prepare_run
 from gptq_cli.preview import preview_run
 from gptq_cli.quantization import reverse_pass
 from gptq_cli.storage.manifest import sealed
 from tests.allocation.measuring import SIZES, ends_step, figures, goal, measure, rounded
 from tests.allocation.processes import measure_together
-from tests.disks import Killed
+from tests.disks import Killed, damage_last_line
 from tests.families import save_model
-from tests.runs import calibration_ids, config, digest
+from tests.runs import calibration_ids, config, digest, messages
 from tests.whole_model import inputs_of, slow_gradients, whole_model
 
 N_STEPS = 7  # of three blocks forward, the head, and three blocks in reverse
@@ -207,6 +214,37 @@ def test_a_damaged_seed_is_reported_and_the_pass_starts_over(
     assert figures(tmp_path / "a.yaml") == figures(tmp_path / "whole.yaml")
 
 
+def test_a_measurement_whose_last_step_is_damaged_resumes_at_the_step_before_it(
+    qwen3: Path, tmp_path: Path
+) -> None:
+    wanted, file = goal(lm_head=True), tmp_path / "a.yaml"
+    measure(qwen3, wanted, tmp_path / "whole.yaml")
+    journal = tmp_path / ".a.yaml.gptq-work" / "harms" / "journal.jsonl"
+    for n_steps in range(1, N_STEPS):
+        events: list[Event] = []
+        with pytest.raises(Killed):
+            measure(qwen3, wanted, file, kill_after(min(n_steps, 2), events))
+        damaged = messages(events, "W_RESUME_DAMAGED")
+        assert len(damaged) == (n_steps > 1)
+        damage_last_line(journal, n_steps)
+    events = []
+    measure(qwen3, wanted, file, events.append)
+    assert sum(map(ends_step, events)) == 2
+    assert figures(file) == figures(tmp_path / "whole.yaml")
+
+
+def test_the_states_of_the_calibration_are_removed_when_the_pass_turns_round(
+    qwen3: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(Killed):
+        measure(qwen3, goal(lm_head=True), tmp_path / "a.yaml", kill_after(5, []))
+    harms = tmp_path / ".a.yaml.gptq-work" / "harms"
+    states = ["gradients-2", "gradients-3", "states-0", "states-1", "states-2"]
+    rounded = ["rounded-0", "rounded-1", "rounded-2"]
+    kept = ["journal.jsonl", "seed.json", *rounded, *states]
+    assert sorted(path.name for path in harms.iterdir()) == sorted(kept)
+
+
 def test_a_measurement_that_shall_never_resume_starts_over(qwen3: Path, tmp_path: Path) -> None:
     with pytest.raises(Killed):
         measure(qwen3, goal(), tmp_path / "a.yaml", kill_after(2, []))
@@ -272,6 +310,38 @@ def test_several_processes_measure_the_same(size: int, qwen3: Path, tmp_path: Pa
     measure(qwen3, wanted, tmp_path / "one.yaml")
     measure_together(size, qwen3, tmp_path / "two.yaml", wanted)
     assert figures(tmp_path / "two.yaml") == figures(tmp_path / "one.yaml")
+
+
+def test_processes_pause_together_and_others_continue(qwen3: Path, tmp_path: Path) -> None:
+    wanted = goal(batch_size=1, lm_head=True)
+    measure(qwen3, wanted, tmp_path / "one.yaml")
+    journal = tmp_path / ".a.yaml.gptq-work" / "harms" / "journal.jsonl"
+    measure_together(2, qwen3, tmp_path / "a.yaml", wanted, n_steps=2)
+    assert journal.read_bytes().count(b"\n") == 2
+    measure_together(3, qwen3, tmp_path / "a.yaml", wanted, n_steps=3)
+    assert journal.read_bytes().count(b"\n") == 5
+    events: list[Event] = []
+    measure(qwen3, wanted, tmp_path / "a.yaml", events.append)
+    assert sum(map(ends_step, events)) == 2
+    assert figures(tmp_path / "a.yaml") == figures(tmp_path / "one.yaml")
+
+
+def test_a_temporary_directory_without_room_is_refused(
+    qwen3: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = goal()
+    prepared = prepare_run(
+        str(qwen3), Path("out"), starting_config(wanted), RunOptions(), writes=False
+    )
+    full = SimpleNamespace(f_bavail=99, f_frsize=1)
+    monkeypatch.setattr(checks.os, "statvfs", lambda _: full)
+    with pytest.raises(ResourceError) as caught:
+        measure_model(prepared, wanted)
+    assert (caught.value.code, caught.value.exit_code) == ("E_DISK", 5)
+    assert str(caught.value).startswith(f"`{gettempdir()}/gptq-")
+    assert "has 99 B free" in str(caught.value)
+    hint = "set TMPDIR to a directory on another disk, or use fewer --nsamples"
+    assert caught.value.hint == hint
 
 
 def test_several_processes_measure_the_same_experts(tmp_path: Path) -> None:
