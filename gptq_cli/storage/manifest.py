@@ -12,6 +12,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from hashlib import sha256
 from pathlib import Path
 from threading import Event
@@ -46,7 +47,10 @@ class Journal:
         self.entries: list[Entry] = []
         self.damaged_bytes = 0
         self._checksum = seed
-        content = path.read_bytes() if path.exists() else b""
+        content = b""
+        if path.exists():
+            with file_errors(path, writing=False):
+                content = path.read_bytes()
         for line in content.splitlines(keepends=True):
             entry = self._read(line)
             if entry is None:
@@ -238,13 +242,10 @@ def read_sealed(file: Path) -> dict[str, Any] | None:
         return None
     with file_errors(file, writing=False):
         raw = file.read_bytes()
-    try:
+    with suppress(ValueError, RecursionError):
         content = json.loads(raw)
-        intact = is_intact(content)
-    except (ValueError, RecursionError):
-        return None
-    if intact:
-        return content
+        if is_intact(content):
+            return content
     return None
 
 

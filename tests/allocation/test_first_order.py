@@ -251,6 +251,9 @@ def test_a_measurement_that_shall_never_resume_starts_over(qwen3: Path, tmp_path
     events: list[Event] = []
     measure(qwen3, goal(), tmp_path / "a.yaml", events.append, resume="never")
     assert sum(map(ends_step, events)) == N_STEPS
+    again = measure(qwen3, goal(), tmp_path / "a.yaml", events.append, resume="never")
+    assert not again.already_done
+    assert sum(map(ends_step, events)) == 2 * N_STEPS
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from gptq_cli.checkpoint.writer import CheckpointWriter
-from gptq_cli.errors import ExistsError, GateError
+from gptq_cli.errors import ExistsError, GateError, GptqError
 from gptq_cli.events import Event, Resumed, Warned
 from gptq_cli.quantization.resume import BlockStore
 from gptq_cli.storage.manifest import Journal, read_sealed, sealed
@@ -194,6 +194,13 @@ def test_a_journal_rejects_moved_lines_and_lines_of_other_runs(
         assert len(Journal(tmp_path / "journal", given).entries) == count
     (tmp_path / "journal").write_bytes(b'["no", "object"]\n')
     assert Journal(tmp_path / "journal", seed).entries == []
+
+
+def test_a_journal_that_is_a_folder_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(GptqError) as caught:
+        Journal(tmp_path, "")
+    assert (caught.value.code, caught.value.exit_code) == ("E_FILE", 3)
+    assert str(caught.value).startswith(f"cannot read `{tmp_path}`: ")
 
 
 @pytest.mark.parametrize("depth", [*range(sys.getrecursionlimit() - 150, 1000, 2), 100_000])
