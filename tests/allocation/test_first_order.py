@@ -189,7 +189,12 @@ def test_a_killed_measurement_resumes_to_the_same_bytes(
         events: list[Event] = []
         with pytest.raises(Killed):
             measure(model, wanted, file, kill_after(0, events))
-        assert PhaseStarted("resume", f"{n_steps} of {N_STEPS} steps of the gradients") in events
+        assert (
+            PhaseStarted(
+                "resume", f"{n_steps} of {N_STEPS} steps of the pass for gradients are finished"
+            )
+            in events
+        )
         kept = tmp_path / ".a.yaml.gptq-work"
         assert events[-1] == Noted(f"finished work is kept in {kept}: the same command resumes")
     measure(model, wanted, file)

@@ -388,7 +388,10 @@ def test_a_pass_that_was_killed_resumes_at_the_next_step(
         aware.run(tmp_path / "out", report=stop)
     events: list[Event] = []
     aware.run(tmp_path / "out", report=events.append)
-    assert PhaseStarted("resume", f"{n_steps} of 5 steps of the gradients") in events
+    assert (
+        PhaseStarted("resume", f"{n_steps} of 5 steps of the pass for gradients are finished")
+        in events
+    )
     assert sum(map(ends_step, events)) == 5 - n_steps
     assert digest(tmp_path / "out") == aware.tree
 
