@@ -2,16 +2,16 @@
 """Measure what allocation of bits is worth: KL at the bytes of one width, and between two widths.
 
     python scripts/bench_allocation.py MODEL --calibration FILE --evaluation FILE ... --work DIR
-        [--widths 2 3 4] [--averages 2.5 3 3.5] [--group-size 64] [--dtype auto]
-        [--autoround PYTHON] [--json FILE] [--png FILE]
+        [--widths 2 3 4] [--averages 2.5 3 3.5 4] [--allow-bits 2 3 4 8] [--group-size 64]
+        [--dtype auto] [--autoround PYTHON] [--json FILE] [--png FILE]
 
-Allocates, quantizes and evaluates for each average of bits, and quantizes and evaluates with one
-width for all layers. With the Python of an environment that has auto-round, the widths that its
-search finds are quantized by gptq, too. Prints one JSON object for each run, then a table in
-Markdown. KL is the mean over held-out tokens of KL(original || quantized) in nats, for each text
-of evaluation; the chart shows the first one. `ratios` are KLs relative to the uniform width of the
-same bytes, or to the geometric mean of the two uniform widths beside the average. `measuring` and
-`quantizing` are seconds of processor time.
+Allocates widths of `--allow-bits`, quantizes and evaluates for each average of bits, and quantizes
+and evaluates with one of `--widths` for all layers. With the Python of an environment that has
+auto-round, the widths that its search finds are quantized by gptq, too. Prints one JSON object for
+each run, then a table in Markdown. KL is the mean over held-out tokens of KL(original || quantized)
+in nats, for each text of evaluation; the chart shows the first one. `ratios` are KLs relative to
+the uniform width of the same bytes, or to the geometric mean of the two uniform widths beside the
+average. `measuring` and `quantizing` are seconds of processor time.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def settings(arguments: argparse.Namespace, **changes: Any) -> QuantizeConfig:
 
 def allocated(arguments: argparse.Namespace, average: float) -> dict[str, Any]:
     """Allocate, quantize and evaluate for an average of bits."""
-    goal = settings(arguments, bits=average, allow_bits=arguments.widths)
+    goal = settings(arguments, bits=average, allow_bits=arguments.allow_bits)
     found, seconds = measured(arguments, goal)
     if not found.already_done:
         (arguments.work / "measuring.json").write_text(json.dumps(seconds))
@@ -107,7 +107,7 @@ def searched(arguments: argparse.Namespace, average: float) -> dict[str, Any]:
     """Quantize and evaluate with the widths that auto-round finds for an average of bits."""
     file = arguments.work / "autoround.json"
     if not file.exists():
-        lists = [",".join(map(str, some)) for some in (arguments.widths, arguments.averages)]
+        lists = [",".join(map(str, some)) for some in (arguments.allow_bits, arguments.averages)]
         script = ROOT / "scripts" / "peers" / "search_autoround.py"
         command = [arguments.autoround, script, arguments.model, arguments.calibration, file]
         subprocess.run([*map(str, command), str(arguments.group_size), *lists], check=True)
@@ -160,6 +160,7 @@ def draw(file: Path, rows: list[dict[str, Any]]) -> None:
 
     matplotlib.use("Agg")
     from matplotlib.pyplot import subplots
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     figure, axes = subplots(figsize=(6.4, 3.6), layout="constrained")
     colours = {UNIFORM: "#9aa0a6", ALLOCATED: "#2f6fb5", AUTOROUND: "#d9822b"}
@@ -169,9 +170,16 @@ def draw(file: Path, rows: list[dict[str, Any]]) -> None:
             continue
         sizes = [row["bytes"] / 1e6 for row in points]
         axes.plot(sizes, [row["kl"][0] for row in points], "o-", color=colour, label=kind)
-        for row, x in zip(points, sizes, strict=True):
-            axes.annotate(f"{row['bits']:g}", (x, row["kl"][0]), (4, 4), textcoords="offset points")
+    for bits in sorted({row["bits"] for row in rows}):
+        alike = [row for row in rows if row["bits"] == bits]
+        top = max(alike, key=lambda row: row["kl"][0])
+        place = (top["bytes"] / 1e6, top["kl"][0])
+        axes.annotate(f"{bits:g} bits", place, (5, 5), textcoords="offset points")
     axes.set(yscale="log", xlabel="size in MB", ylabel="KL to the original")
+    axes.margins(x=0.1, y=0.1)
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(NullFormatter())
     axes.legend(frameon=False)
     figure.savefig(file, dpi=160)
 
@@ -203,7 +211,8 @@ def main() -> None:
     parser.add_argument("--evaluation", type=Path, nargs="+", required=True)
     parser.add_argument("--work", type=Path, required=True, help="directory of outputs, kept")
     parser.add_argument("--widths", type=int, nargs="*", default=[2, 3, 4])
-    parser.add_argument("--averages", type=float, nargs="*", default=[2.5, 3, 3.5])
+    parser.add_argument("--allow-bits", type=int, nargs="*", default=[2, 3, 4, 8])
+    parser.add_argument("--averages", type=float, nargs="*", default=[2.5, 3, 3.5, 4])
     parser.add_argument("--group-size", type=int, default=64)
     parser.add_argument("--nsamples", type=int, default=64)
     parser.add_argument("--seqlen", type=int, default=256)
