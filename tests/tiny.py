@@ -42,14 +42,14 @@ class Case:
     def moments(self, every: bool) -> list[int]:
         """Return the numbers of the operations at which a test ends the run, from 1 on.
 
-        If not `every` operation counts, take one of those that are alike: the same operations
-        were before them and are after them, as for each tensor of each block.
+        If not `every` operation counts, take one of those that are alike: the same operation
+        was before them and the same is after them, as for each tensor of each block.
         """
         if every:
             return list(range(1, len(self.operations) + 1))
         first_of_kind: dict[tuple[str, ...], int] = {}
         for index in range(len(self.operations)):
-            around = tuple(self.operations[max(0, index - 2) : index + 2])
+            around = tuple(self.operations[max(0, index - 1) : index + 2])
             first_of_kind.setdefault(around, index + 1)
         return list(first_of_kind.values())
 

@@ -49,15 +49,23 @@ def test_a_rerun_after_any_kill_writes_the_same_output(
     assert not case.interrupted(output, len(case.operations) + 1)
 
 
-@EVERY
-@pytest.mark.parametrize("for_ever", [False, True])
+# Either an error lasts at every second moment, or a slow test has each moment with both kinds.
+@pytest.mark.parametrize(
+    ("every", "lasting"),
+    [
+        (False, "some"),
+        pytest.param(True, "all", marks=pytest.mark.slow),
+        pytest.param(True, "none", marks=pytest.mark.slow),
+    ],
+)
 def test_a_rerun_after_any_disk_error_writes_the_same_output(
-    for_ever: bool, every: bool, case: Case, tmp_path: Path
+    lasting: str, every: bool, case: Case, tmp_path: Path
 ) -> None:
     output = tmp_path / "out"
     codes = [errno.ENOSPC, errno.EIO, errno.EDQUOT]
-    for first in case.moments(every):
+    for number, first in enumerate(case.moments(every)):
         code = codes[first % 3]
+        for_ever = {"all": True, "none": False, "some": number % 2 == 0}[lasting]
         with (
             using(FailingDisk(first, code, for_ever=for_ever)),
             pytest.raises(ResourceError) as caught,
