@@ -22,6 +22,18 @@ WORK, OUT = "disk/.out.gptq-work/", "disk/out"
 RERUNS = [8, pytest.param(25, marks=pytest.mark.slow)]
 
 
+def hash_of(state: State) -> str:
+    """Return a hash of all paths of `state` and of what is at each of them."""
+    parts = hashlib.sha256()
+    for name, content in sorted(state.items()):
+        length = "directory"
+        if content is not None:
+            length = str(len(content))
+        parts.update(f"{name!r} {length}\n".encode())
+        parts.update(content or b"")
+    return parts.hexdigest()
+
+
 def tree_in(state: State, directory: str = OUT) -> dict[str, str] | None:
     """Hashes of the files below `directory`; None if it is not there."""
     if directory not in state:
@@ -85,8 +97,7 @@ class Observer:
 
     def __call__(self, disk: PowerLossDisk) -> None:
         for state in disk.states():
-            content = hashlib.sha256(repr(sorted(state.items())).encode()).hexdigest()
-            name = f"{content} {self.finished} {self.published}"
+            name = f"{hash_of(state)} {self.finished} {self.published}"
             if name in self.states:
                 continue
             self.states[name] = state, self.finished
