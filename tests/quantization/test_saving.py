@@ -19,7 +19,7 @@ from tests.runs import digest, messages
 from tests.tiny import SMALL, WORK, Case, kill_after_block
 
 BLOCKS = 5
-KILLS = [29, pytest.param(7, marks=pytest.mark.slow)]  # after every so many operations
+KILLS = [47, pytest.param(7, marks=pytest.mark.slow)]  # after every so many operations
 SAVED_BLOCKS = [(), (1,), (0, 2), (1, 2, 3), (0, 1, 2, 3)]
 
 
