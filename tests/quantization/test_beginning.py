@@ -59,8 +59,8 @@ numerics.KERNEL_DEVICES.add("cpu")
 CALLS = {
     "command": "from gptq_cli.__main__ import main; main()",
     "python": "import gptq_cli; m, d, o = sys.argv[2], sys.argv[4], sys.argv[6]; "
-    "gptq_cli.quantize(m, output=o, dataset=d, bits=4, group_size=32, nsamples=2, seqlen=16, "
-    "batch_size=1, device='cpu')",
+    "gptq_cli.quantize(m, output=o, dataset=d, bits=4, group_size=32, preset='gptq', nsamples=2, "
+    "seqlen=16, batch_size=1, device='cpu')",
 }
 
 
@@ -69,7 +69,8 @@ def run_gated(way: str, first: str, late: str, tmp_path: Path) -> str:
     model = save_model(tmp_path / "model", num_hidden_layers=1)
     text = str(config().dataset)
     words = ["quantize", str(model), "--dataset", text, "-o", str(tmp_path / "out"), "--bits", "4"]
-    words += ["--group-size", "32", "--nsamples", "2", "--seqlen", "16", "--batch-size", "1"]
+    words += ["--group-size", "32", "--preset", "gptq", "--nsamples", "2", "--seqlen", "16"]
+    words += ["--batch-size", "1"]
     program = PROGRAM.replace("PLACE", CALLS[way]).replace("FIRST", first).replace("LATE", late)
     command = [sys.executable, "-c", program, *words, "--device", "cpu"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
@@ -83,7 +84,7 @@ def test_weights_are_read_before_torch_is_imported(way: str, tmp_path: Path) -> 
     run_gated(way, SCAN, "torch", tmp_path)
 
 
-@pytest.mark.parametrize("way", CALLS)
+@pytest.mark.parametrize("way", ["command", pytest.param("python", marks=pytest.mark.slow)])
 def test_kernels_compile_while_transformers_is_imported(way: str, tmp_path: Path) -> None:
     shown = run_gated(way, LAUNCH, "transformers", tmp_path)
     if way == "command":
