@@ -8,12 +8,14 @@ import re
 import shlex
 import shutil
 from collections import defaultdict
+from functools import cache
 from pathlib import Path
 
 import pytest
 import yaml
 
-from gptq_cli.cli.codes import examples, explanations
+from gptq_cli.cli import codes
+from gptq_cli.cli.codes import explanations
 from tests.families import save_model
 
 from .conftest import Run
@@ -36,6 +38,12 @@ RUN = (
     "E_TARGET", "E_USAGE", "W_CFG_FUSED", "W_CFG_HEAD", "W_CFG_UNFIT", "W_CKPT_ADAPTER",
     "W_TARGET",
 )  # fmt: skip
+
+
+@cache
+def examples() -> dict[str, str]:
+    """Return the examples by code, which take a tenth of a second to read."""
+    return codes.examples()
 
 
 def used_codes() -> set[str]:
