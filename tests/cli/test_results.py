@@ -58,15 +58,18 @@ def test_json_is_json_for_every_name(name: str) -> None:
     assert json.loads(text) == {"output": name, name: [name]}
 
 
-@pytest.mark.parametrize("encoding", ["utf-8", "latin-1", "ascii"])
-def test_plan_prints_json_of_odd_paths_in_any_locale(encoding: str, tmp_path: Path) -> None:
-    for name in (NAMES[0], NAMES[2], NAMES[5]):
-        save_model(tmp_path / name, num_hidden_layers=2)
-        words = ["plan", f"./{name}", "-b", "4", "-g", "32", "-o", f"out {name}", "--json"]
-        done = gptq_bytes(tmp_path, *words, PYTHONIOENCODING=encoding)
-        assert done.returncode == 0, done.stderr
-        assert json.loads(done.stdout)["output"] == f"out {name}"
-        assert json.loads(done.stdout)["model"] == name
+@pytest.mark.parametrize(
+    ("encoding", "name"), [("utf-8", NAMES[5]), ("latin-1", NAMES[2]), ("ascii", NAMES[0])]
+)
+def test_plan_prints_json_of_odd_paths_in_any_locale(
+    encoding: str, name: str, tmp_path: Path
+) -> None:
+    save_model(tmp_path / name, num_hidden_layers=2)
+    words = ["plan", f"./{name}", "-b", "4", "-g", "32", "-o", f"out {name}", "--json"]
+    done = gptq_bytes(tmp_path, *words, PYTHONIOENCODING=encoding)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["output"] == f"out {name}"
+    assert json.loads(done.stdout)["model"] == name
     missing = gptq_bytes(tmp_path, "verify", "none\udcff", "--json", PYTHONIOENCODING=encoding)
     assert missing.returncode == 3
     assert json.loads(missing.stdout)["problems"][0]["message"] == "`none\udcff` is not a directory"
@@ -124,7 +127,7 @@ def test_a_quoted_word_survives_the_shell(name: str) -> None:
 def test_an_output_may_have_a_name_that_is_not_utf_8(tmp_path: Path) -> None:
     save_model(tmp_path / "model", num_hidden_layers=2)
     (tmp_path / "text\udcff.txt").write_text(texts(2_000)[0])
-    sizes = ["-b4", "-g32", "--nsamples=2", "--batch-size=1", "--seqlen=32"]
+    sizes = ["-b4", "-g32", "--preset=gptq", "--nsamples=2", "--batch-size=1", "--seqlen=32"]
     paths = ["model", "-o", "out\udcff", "--dataset", "text\udcff.txt"]
     words = ["quantize", *paths, "--report", *sizes]
     with serving(tmp_path, {}) as program:
