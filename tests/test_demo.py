@@ -39,7 +39,9 @@ def rtn_perplexity(bits: int) -> float:
     return perplexity.value
 
 
-@pytest.mark.parametrize(("bits", "least_damage"), [(2, 1.15), (3, 1.005)])
+@pytest.mark.parametrize(
+    ("bits", "least_damage"), [(2, 1.15), pytest.param(3, 1.005, marks=pytest.mark.slow)]
+)
 def test_gptq_damages_the_demo_model_less_than_rounding(
     bits: int, least_damage: float, tmp_path: Path
 ) -> None:

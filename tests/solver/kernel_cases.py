@@ -74,7 +74,14 @@ _TURNS = cycle([(2, 24, "none"), (3, 16, "mse"), (4, 8, "mse"), (8, -1, "none"),
 CASES: dict[str, Case] = {}
 for (_order, _kind), (_bits, _group, _search) in zip(product(ORDERS, KINDS), _TURNS, strict=False):
     _name = f"{_order}, {_kind}, {_bits} bits, group {_group}, search {_search}"
-    CASES[_name] = _case(_order, _kind, bits=_bits, group_size=_group, scale_search=_search)
+    _shape: dict[str, float] = {}
+    if _search == "mse" and not _order.startswith("static"):
+        _shape["in_features"] = 24  # launches of 20 and 4 columns, because each group is a search
+        if _group == 16:
+            _shape["in_features"] = 32
+    CASES[_name] = _case(
+        _order, _kind, bits=_bits, group_size=_group, scale_search=_search, shape=_shape
+    )
 # More rows than one program has, more columns than a launch, and a group larger than a launch of
 # MOST_COLUMNS.
 MOST_COLUMNS = 32
@@ -145,11 +152,14 @@ def solved(case: Case, device: str = "cpu") -> QuantizedLinear:
 
 @dataclass(frozen=True)
 class ExpertsCase:
-    """Three experts with two layers each; the second has a column without input."""
+    """Three experts with two layers each; the second has a column without input.
+
+    A launch takes 32 columns or one larger group.
+    """
 
     config: LayerConfig
     rows: tuple[int, int] = (5, 31)
-    in_features: int = 64
+    in_features: int = 48
 
     def layers(self) -> tuple[list[Tensor], Tensor]:
         """Return the weights, expert by expert, and the Hessians."""

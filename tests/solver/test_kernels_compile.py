@@ -38,8 +38,18 @@ NAMES = [
 ]
 
 
-@pytest.mark.parametrize("target", [80, 89, 90, 100])
-@pytest.mark.parametrize("name", NAMES)
+# Each kernel compiles for one target and each target gets one kernel; the other pairs are slow.
+TARGETS = [80, 89, 90, 100]
+PAIRS = []
+for _number, _name in enumerate(NAMES):
+    for _target in TARGETS:
+        _marks = pytest.mark.slow
+        if _target == TARGETS[_number % 4]:
+            _marks = ()
+        PAIRS.append(pytest.param(_name, _target, marks=_marks))
+
+
+@pytest.mark.parametrize(("name", "target"), PAIRS)
 def test_kernels_compile_for_a_gpu_and_spill_nothing(
     name: str, target: int, script: ModuleType
 ) -> None:
