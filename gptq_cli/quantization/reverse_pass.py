@@ -77,7 +77,7 @@ class PassStore:
             self._begin(seed)
 
     def _is_of(self, seed: str) -> bool:
-        """Return whether the files are those of this pass; report it if nobody can tell."""
+        """Return whether the files are those of this pass; report those of another one."""
         path = self.directory / SEED
         if not is_file(path) and not self._has_lines():
             return False
@@ -85,7 +85,12 @@ class PassStore:
         if found is None:
             self._warn(f"`{SEED}` is not as it was written: the run repeats the pass")
             return False
-        return bool(found["seed"] == seed)
+        if found["seed"] == seed:
+            return True
+        text = f"discarding the unfinished pass for gradients in `{self.directory}`"
+        why = "the settings, the model or the text are not those of that pass"
+        self._report(Warned("W_RESUME_DROPPED", f"{text}: {why}"))
+        return False
 
     def _has_lines(self) -> bool:
         return bool(self._journal.entries or self._journal.damaged_bytes)

@@ -219,6 +219,23 @@ def test_a_damaged_seed_is_reported_and_the_pass_starts_over(
     assert figures(tmp_path / "a.yaml") == figures(tmp_path / "whole.yaml")
 
 
+@pytest.mark.parametrize("changed", [{"seed": 1}, {"damp_percent": 0.2}])
+def test_an_unfinished_measurement_of_other_settings_is_discarded_with_a_warning(
+    changed: dict[str, object], qwen3: Path, tmp_path: Path
+) -> None:
+    measure(qwen3, goal(**changed), tmp_path / "whole.yaml")
+    with pytest.raises(Killed):
+        measure(qwen3, goal(), tmp_path / "a.yaml", kill_after(2, []))
+    events: list[Event] = []
+    measure(qwen3, goal(**changed), tmp_path / "a.yaml", events.append)
+    harms = tmp_path / ".a.yaml.gptq-work" / "harms"
+    text = f"discarding the unfinished pass for gradients in `{harms}`"
+    why = "the settings, the model or the text are not those of that pass"
+    assert messages(events, "W_RESUME_DROPPED") == [f"{text}: {why}"]
+    assert sum(map(ends_step, events)) == N_STEPS
+    assert figures(tmp_path / "a.yaml") == figures(tmp_path / "whole.yaml")
+
+
 def test_a_measurement_whose_last_step_is_damaged_resumes_at_the_step_before_it(
     qwen3: Path, tmp_path: Path
 ) -> None:
