@@ -55,6 +55,7 @@ class Measuring:
     plan: RunPlan
     units: Sequence[Unit]
     calibration: Calibration
+    probe: Windows  # of a measurement with gradients
     worker: Worker
     report: Report
     work: WorkDirectory | None
@@ -77,11 +78,10 @@ class Measuring:
         return self._with_copies()
 
     def _with_gradients(self, stream: ModelStream) -> Measurement:
-        config = self.prepared.config
-        n_windows = probe_windows(config)
-        probe = self._probe(n_windows, config.seqlen)
+        n_windows = probe_windows(self.prepared.config)
+        self._report_probe(n_windows, self.prepared.config.seqlen)
         run = self._run(stream, self.limits)
-        pieces = pieces_of(cast(Sequence[Tensor], probe.batches(n_windows)))
+        pieces = pieces_of(cast(Sequence[Tensor], self.probe.batches(n_windows)))
         with self._store() as store:
             self._check_disk(store)
             return HarmPass(run, self.units, pieces, store, self.report).measure()
@@ -118,7 +118,9 @@ class Measuring:
             dtype = "float32"
         stream = open_model(self.prepared, self.worker, dtype)
         n_tokens, seqlen = config.nsamples * config.seqlen, config.seqlen
-        probe = self._probe(*probe_shape(n_tokens, len(self.units), seqlen))
+        shape = probe_shape(n_tokens, len(self.units), seqlen)
+        self._report_probe(*shape)
+        probe = drawn_probe(self.prepared, self.worker, *shape)
         run = self._run(stream, Limits(config))
         calibrated_in = DTYPES[forward_dtype(self.prepared.plan.source, config.dtype)]
         copying = Copying(run, self.units, probe, calibrated_in, self.report, self.limits)
@@ -130,14 +132,9 @@ class Measuring:
                 self.report(Resumed(saved.n_finished, stream.n_blocks, self.work.path))
             return copying.carry_out(saved)
 
-    def _probe(self, n_windows: int, length: int) -> Windows:
-        """Return windows of text beside those of the calibration."""
+    def _report_probe(self, n_windows: int, length: int) -> None:
         windows, units = counted(n_windows, "window"), counted(len(self.units), "unit")
         self.report(PhaseStarted("probe", f"{windows} of {length} tokens for {units}"))
-        config = self.prepared.config
-        drawn = {"nsamples": n_windows, "seqlen": length, "seed": config.seed + 1}
-        config = config.model_copy(update=drawn)
-        return calibrate(self.prepared.plan.source, config, ignore, self.worker.team).windows
 
     def _run(self, stream: ModelStream, limits: Limits) -> Run:
         """Return the run that rounds every layer quickly, and keeps nothing."""
@@ -172,6 +169,19 @@ def calibrated(prepared: PreparedRun, worker: Worker, report: Report) -> Calibra
             hint="allocate on text, then quantize with that file: --config FILE --dataset IMAGES",
         )
     return calibration
+
+
+def probe_of(prepared: PreparedRun, worker: Worker) -> Windows:
+    """Return the text of a measurement with gradients."""
+    config = prepared.config
+    return drawn_probe(prepared, worker, probe_windows(config), config.seqlen)
+
+
+def drawn_probe(prepared: PreparedRun, worker: Worker, n_windows: int, length: int) -> Windows:
+    """Return windows of text beside those of the calibration."""
+    drawn = {"nsamples": n_windows, "seqlen": length, "seed": prepared.config.seed + 1}
+    config = prepared.config.model_copy(update=drawn)
+    return calibrate(prepared.plan.source, config, ignore, worker.team).windows
 
 
 def _batches(windows: Windows, n_batches: int) -> Sequence[Tensor]:

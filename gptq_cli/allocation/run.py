@@ -23,7 +23,7 @@ from gptq_cli.allocation.goals import (
     fusing_engines,
 )
 from gptq_cli.allocation.harms import Harms, Measurement, harms_of, reference_width
-from gptq_cli.allocation.measure import Measuring, calibrated, open_model
+from gptq_cli.allocation.measure import Measuring, calibrated, open_model, probe_of
 from gptq_cli.allocation.rules import with_widths
 from gptq_cli.allocation.saved import (
     note_choice,
@@ -33,7 +33,7 @@ from gptq_cli.allocation.saved import (
 )
 from gptq_cli.allocation.solution import Allocation, Allocator, unmeasured
 from gptq_cli.allocation.units import Unit, find_units
-from gptq_cli.calibration.windows import check_token_ids
+from gptq_cli.calibration.windows import Windows, check_token_ids
 from gptq_cli.config.schema import QuantizeConfig
 from gptq_cli.config.serving import LOADS, Verdict
 from gptq_cli.events import Noted, PhaseStarted, Report, Warned, WorkKept, ignore
@@ -193,7 +193,8 @@ def measure_model(
         calibration = calibrated(prepared, worker, report)
         check_token_ids(calibration.windows.ids, stream.vocabulary_rows)
         reference = reference_width(widths)
-        identity = _identify(prepared, calibration, reference, fusing, worker, report)
+        probe = probe_of(prepared, worker)
+        identity = _identify(prepared, calibration, probe, reference, fusing, worker, report)
         settle_kernels(worker, report)
         kept = Kept.of(prepared, place, work, identity)
         names = [unit.name for unit in units]
@@ -206,6 +207,7 @@ def measure_model(
                 plans[reference],
                 units,
                 calibration,
+                probe,
                 worker,
                 report,
                 work,
@@ -362,6 +364,7 @@ def _refuse_unreachable(
 def _identify(
     prepared: PreparedRun,
     calibration: Calibration,
+    probe: Windows,
     reference: int,
     fusing: Sequence[str],
     worker: Worker,
@@ -381,6 +384,7 @@ def _identify(
         allocation=REVISION,
         fused_units=fused,
         computed_in=dtype,
+        probe_sha256=probe.sha256,
     )
 
 

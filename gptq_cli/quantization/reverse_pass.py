@@ -73,8 +73,11 @@ class PassStore:
         self._journal = Journal(directory / JOURNAL, seed)
         for entry in self._journal.entries:
             self._note(entry)
-        if not self._is_of(seed) or not self._is_intact():
+        usable = self._is_of(seed) and self._is_intact()
+        if not usable or not self.n_steps:
             self._begin(seed)
+        elif self._journal.damaged_bytes:
+            self._journal.cut(self.n_steps)  # so that no later call reports them again
 
     def _is_of(self, seed: str) -> bool:
         """Return whether the files are those of this pass; report those of another one."""
@@ -82,7 +85,7 @@ class PassStore:
         if not is_file(path) and not self._has_lines():
             return False
         found = read_sealed(path)
-        if found is None:
+        if found is None or "seed" not in found:
             self._warn(f"`{SEED}` is not as it was written: the run repeats the pass")
             return False
         if found["seed"] == seed:

@@ -27,7 +27,7 @@ from gptq_cli.storage.manifest import sealed
 from tests.allocation.measuring import SIZES, ends_step, figures, goal, measure, rounded
 from tests.allocation.processes import measure_together
 from tests.disks import Killed, damage_last_line
-from tests.families import save_model
+from tests.families import save_model, texts
 from tests.runs import calibration_ids, config, digest, messages
 from tests.whole_model import inputs_of, slow_gradients, whole_model
 
@@ -202,7 +202,10 @@ def test_a_killed_measurement_resumes_to_the_same_bytes(
     assert not (tmp_path / ".a.yaml.gptq-work").exists()
 
 
-@pytest.mark.parametrize("content", [b"\xff\xfe\x80", b"{}", b""])
+OTHER = json.dumps(sealed({"identity": {}})).encode()  # a file of gptq, but not this one
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe\x80", b"{}", b"", OTHER])
 def test_a_damaged_seed_is_reported_and_the_pass_starts_over(
     content: bytes, qwen3: Path, tmp_path: Path
 ) -> None:
@@ -216,6 +219,44 @@ def test_a_damaged_seed_is_reported_and_the_pass_starts_over(
     text = "`seed.json` is not as it was written: the run repeats the pass"
     assert Warned("W_RESUME_DAMAGED", f"gradients in `{harms}`: {text}") in events
     assert sum(map(ends_step, events)) == N_STEPS
+    assert figures(tmp_path / "a.yaml") == figures(tmp_path / "whole.yaml")
+
+
+def edit_beside_calibration(model: Path, file: Path, text: str) -> None:
+    """Write `text` to `file` with four words turned round, which the probe alone reads."""
+    words = text.split()
+    read, wanted = probe_text(model, file), calibration_ids(model, goal(dataset=str(file)))
+    for number in range(0, len(words), 8):
+        turned = words[number : number + 4][::-1]
+        file.write_text(" ".join([*words[:number], *turned, *words[number + 4 :]]))
+        if not torch.equal(calibration_ids(model, goal(dataset=str(file))), wanted):
+            continue
+        if not torch.equal(probe_text(model, file), read):
+            return
+    raise AssertionError("no words are read by the probe alone")
+
+
+def probe_text(model: Path, file: Path) -> Tensor:
+    return calibration_ids(model, goal(dataset=str(file), seed=1))
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_measurement_of_another_probe_is_not_used(
+    finished: bool, qwen3: Path, tmp_path: Path
+) -> None:
+    text, file = " ".join(texts(4000, 3)[0].split()), tmp_path / "text.txt"
+    file.write_text(text)
+    wanted = goal(dataset=str(file))
+    if finished:
+        measure(qwen3, wanted, tmp_path / "a.yaml")
+    else:
+        with pytest.raises(Killed):
+            measure(qwen3, wanted, tmp_path / "a.yaml", kill_after(2, []))
+    edit_beside_calibration(qwen3, file, text)
+    events: list[Event] = []
+    measure(qwen3, wanted, tmp_path / "a.yaml", events.append, overwrite=True)
+    assert sum(map(ends_step, events)) == N_STEPS
+    measure(qwen3, wanted, tmp_path / "whole.yaml")
     assert figures(tmp_path / "a.yaml") == figures(tmp_path / "whole.yaml")
 
 
