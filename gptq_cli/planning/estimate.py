@@ -291,16 +291,16 @@ def gradient_tokens(plan: RunPlan, config: QuantizeConfig) -> int:
 def gradient_disk(plan: RunPlan, config: QuantizeConfig) -> int:
     """Return the most bytes that the pass for gradients keeps.
 
-    On the way back states are removed, and sums are added: after the first of the blocks there are
-    sums of one block, and after the last one the states before it, with gradients on both sides.
-    What a step needed is removed after the next step.
+    On the way back states are removed, and sums are added: after the second of the blocks there are
+    sums of two, and after the last one the states before it, with gradients on both sides. What a
+    step needed is removed after the next step.
     """
     if not plan.loss_aware:
         return 0
     tokens, sums = gradient_tokens(plan, config), gradient_sums(plan, config)
-    after_first = pass_disk(plan, config, tokens) + sums // plan.n_blocks
+    after_second = pass_disk(plan, config, tokens) + min(2, plan.n_blocks) * sums // plan.n_blocks
     after_last = 5 * state_bytes(plan, config, tokens) + sums
-    return max(after_first, after_last)
+    return max(after_second, after_last)
 
 
 def gradient_sums(plan: RunPlan, config: QuantizeConfig) -> int:

@@ -92,12 +92,17 @@ def _as_measured(plan: RunPlan, config: QuantizeConfig) -> QuantizeConfig:
 def measuring_disk(plan: RunPlan, config: QuantizeConfig) -> int:
     """Return the most bytes that a measurement by gradients keeps.
 
-    These are the states of the probe, those of the calibration around two blocks, and codes.
+    These are the states of the probe, those of the calibration around two blocks, and codes with a
+    scale and a zero point of 4 bytes for each group.
     """
     config = _as_measured(plan, config)
     tokens = probe_windows(config) * config.seqlen
     calibration = state_bytes(plan, config, calibration_windows(config) * config.seqlen)
-    codes = sum(layer.n_weights for layer in plan.quantized)
+    codes = 0
+    for layer in plan.quantized:
+        assert layer.config is not None
+        columns = layer.config.columns_per_group(layer.in_features)
+        codes += layer.n_weights + 8 * layer.n_weights // columns
     # Three states of the calibration are there before the last two states of the probe.
     more = max(0, calibration - state_bytes(plan, config, tokens))
     return pass_disk(plan, config, tokens) + calibration + 2 * more + codes

@@ -91,7 +91,7 @@ def test_a_stopped_run_with_saved_work_does_not_claim_to_have_none(
     kept = tmp_path / ".o.gptq-work" / saved
     kept.parent.mkdir(parents=True)
     (tmp_path / ".o.gptq-work").chmod(0o700)
-    kept.touch()
+    kept.write_text("a line")
     quantizer.error = Stopped(signal.SIGINT)
     result = gptq("quantize", "m", "-b", "4", "-o", tmp_path / "o")
     assert result.exit_code == 130

@@ -98,7 +98,7 @@ def test_an_error_in_a_layer_that_runs_twice_names_the_batch(tmp_path: Path) -> 
     for value in (1.0, 1.0, 1.0, 1.0, 1.0, float("nan"), 1.0, 1.0):
         inputs.add(torch.full((3, layer.in_features), value))
     batches = [torch.zeros(n, 8, dtype=torch.long) for n in (4, 4, 4, 2)]
-    stream = SimpleNamespace(device=torch.device("cpu"))
+    stream = SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32)
     run = SimpleNamespace(
         stream=stream,
         config=config(),

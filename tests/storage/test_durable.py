@@ -253,7 +253,7 @@ def test_work_directory_is_private_and_removed_if_empty(tmp_path: Path) -> None:
 def test_work_directory_keeps_finished_files_and_removes_others(tmp_path: Path) -> None:
     with interrupted(), locked(tmp_path / "out") as work:
         for name in ("journal.jsonl", "run.json", "hidden-0", ".run.json.tmp"):
-            (work.path / name).touch()
+            (work.path / name).write_text("content")
         raise KeyboardInterrupt
     with locked(tmp_path / "out") as work:
         names = sorted(path.name for path in work.path.iterdir())
