@@ -91,6 +91,7 @@ def real(tmp_path_factory: pytest.TempPathFactory, hub: Hub, program: str) -> Pl
     (folder / "text.txt").write_text(texts(4000)[0])
     settings = {
         "group_size": 32,
+        "preset": "gptq",
         "dataset": folder / "text.txt",
         "nsamples": 4,
         "seqlen": 64,

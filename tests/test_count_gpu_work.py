@@ -160,7 +160,14 @@ def test_a_block_launches_and_waits_no_more_than_before(balanced: dict[str, Any]
 
 
 @pytest.mark.parametrize(
-    ("shape", "preset"), [case for case in MOST if case != ("tiny", "balanced")]
+    ("shape", "preset"),
+    [
+        ("tiny", "gptq"),
+        ("tiny", "best"),
+        pytest.param("tiny", "max", marks=pytest.mark.slow),
+        ("tiny-moe", "balanced"),
+        ("tiny-moe", "best"),
+    ],
 )
 def test_other_presets_and_experts_launch_and_wait_no_more(
     shape: str, preset: str, script: ModuleType
@@ -365,7 +372,16 @@ COUNTED = {
 }
 
 
-@pytest.mark.parametrize(("shape", "preset"), COUNTED)
+SLOW_PLANS = [("qwen3-30b-a3b", "gptq"), ("qwen3-30b-a3b", "balanced")]  # of 18,000 layers
+PLANS = []
+for _case in COUNTED:
+    _marks = ()
+    if _case in SLOW_PLANS:
+        _marks = pytest.mark.slow
+    PLANS.append(pytest.param(*_case, marks=_marks))
+
+
+@pytest.mark.parametrize(("shape", "preset"), PLANS)
 def test_plan_time_is_within_a_tenth_of_counted_blocks(
     shape: str, preset: str, script: ModuleType
 ) -> None:

@@ -14,7 +14,7 @@ from gptq_cli.storage.manifest import REPORT_DATA, REPORT_PAGE
 from tests.fuzzing import REPORT, SUBJECTS, Subject, fuzz
 from tests.fuzzing_commands import CALLS, call
 
-INPUTS, CALLED = 1000, 40
+INPUTS, CALLED = 1000, 20
 
 
 @pytest.mark.parametrize("kind", SUBJECTS)

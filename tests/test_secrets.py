@@ -28,6 +28,7 @@ def small_run(folder: Path) -> list[str]:
     given = {
         "bits": 4,
         "group-size": 32,
+        "preset": "gptq",
         "dataset": folder / "text.txt",
         "nsamples": 2,
         "batch-size": 1,

@@ -19,7 +19,9 @@ MODEL, QUANTIZED = "Qwen3-0.6B", "Qwen3-0.6B-GPTQ-Int4-g128"
 FILES = ("calibration.txt", "heldout.txt", "recipe.yaml", "ppl.json", "chats.jsonl", "chat.jinja")
 TEMPLATE = "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
 SMALL = {"GPTQ_NSAMPLES": "4", "GPTQ_SEQLEN": "64", "GPTQ_BATCH_SIZE": "2", "GPTQ_DEVICE": "cpu"}
+SMALL |= {"GPTQ_PRESET": "gptq"}  # which solves fastest
 SETTINGS = {
+    "preset": "gptq",
     "dataset": "calibration.txt",
     "nsamples": 4,
     "seqlen": 64,

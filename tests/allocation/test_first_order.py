@@ -175,7 +175,10 @@ def test_the_plan_knows_what_a_measurement_keeps(qwen3: Path, tmp_path: Path) ->
     assert disk.needed == max(disk.measuring, disk.output + disk.states)
 
 
-@pytest.mark.parametrize(("family", "head"), [("qwen3", True), ("gemma3_text", False)])
+@pytest.mark.parametrize(
+    ("family", "head"),
+    [("qwen3", True), pytest.param("gemma3_text", False, marks=pytest.mark.slow)],
+)
 def test_a_killed_measurement_resumes_to_the_same_bytes(
     family: str, head: bool, tmp_path: Path
 ) -> None:

@@ -42,7 +42,11 @@ def killer(n_steps: int, events: list[Event]) -> Report:
 
 @pytest.mark.parametrize(
     ("again", "kills"),  # in the third of seven steps, and after the first block behind them
-    [("call", (3, 6)), ("resume", (3, 6)), ("resume", (3,))],
+    [
+        ("call", (3, 6)),
+        pytest.param("resume", (3, 6), marks=pytest.mark.slow),
+        ("resume", (3,)),
+    ],
 )
 def test_a_killed_run_with_a_goal_writes_the_same_bytes(
     again: str, kills: tuple[int, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

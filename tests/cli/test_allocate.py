@@ -32,6 +32,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def settings(place: Path) -> list[str | Path]:
     """Return the model and the options of a run of a second."""
     sizes = ["--nsamples=4", "--batch-size=4", "--seqlen=64", "--device=cpu", "-g32"]
+    sizes.append("--preset=gptq")
     return [place / "model", "--dataset", place / "text.txt", *sizes]
 
 

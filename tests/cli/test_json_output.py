@@ -64,7 +64,7 @@ def test_every_result_fits_the_schema(gptq: Run, place: Path) -> None:
     model, text, out = place / "model", place / "text.txt", place / "out"
     sizes = ["--nsamples=4", "--batch-size=4", "--seqlen=64", "--device=cpu"]
     quantize = ["quantize", model, "-b4", "-g32", "--dataset", text, *sizes, "-o", out]
-    windows = ["--text", text, "--seqlen", "64", "--max-windows", "2"]
+    few = ["--seqlen", "64", "--max-windows", "2"]
     commands: list[tuple[str, list[str | Path]]] = [
         ("plan", ["plan", *quantize[1:]]),
         ("plan", [*quantize, "--dry-run"]),
@@ -74,13 +74,13 @@ def test_every_result_fits_the_schema(gptq: Run, place: Path) -> None:
         ("resume", ["resume", unfinished(model, text, place / "stopped")]),
         ("validate-config", ["validate-config", place / "cfg.yaml"]),
         ("validate-config", ["validate-config", place / "cfg.yaml", "--model", model]),
-        ("eval-ppl", ["eval-ppl", out, "--dataset", text, "--seqlen", "64", "--baseline", model]),
+        ("eval-ppl", ["eval-ppl", out, "--dataset", text, "--baseline", model, *few]),
         ("generate", ["generate", out, "the quick", "--max-new-tokens", "2"]),
         ("inspect", ["inspect", out]),
         ("inspect", ["inspect", model]),
         ("inspect-layer", ["inspect", out, "--layer", "0.mlp.up_proj"]),
         ("inspect-layer", ["inspect", model, "--layer", "0.mlp.up_proj"]),
-        ("compare", ["compare", out, model, *windows]),
+        ("compare", ["compare", out, model, "--text", text, *few]),
         ("convert", ["convert", out, "--to", "gptq_v2", "-o", place / "v2"]),
         ("dequantize", ["dequantize", out, "-o", place / "plain"]),
         ("report", ["report", out]),
@@ -120,6 +120,7 @@ def test_every_failure_fits_the_schema(gptq: Run, place: Path) -> None:
 def test_a_passed_gate_fits_the_schema(gptq: Run, place: Path) -> None:
     model, text = place / "model", place / "text.txt"
     words = ["eval-ppl", model, "--baseline", model, "--dataset", text, "--seqlen", "64"]
+    words += ["--max-windows", "2"]
     result = gptq(*words, "--max-increase", "0", "--json")
     assert validated(result, "eval-ppl")["status"] == "ok"
 

@@ -137,8 +137,9 @@ def test_shifts_of_rows_take_less_of_an_accelerator(tmp_path: Path) -> None:
 
 def test_the_memory_estimate_is_the_sum_of_documented_terms(tmp_path: Path) -> None:
     model = save_model(tmp_path / "model", dtype=torch.bfloat16)
-    plan = plan_run(model, config(nsamples=6, seqlen=64))
-    estimate = estimate_memory(plan, config(nsamples=6, seqlen=64))
+    settings = config(nsamples=6, seqlen=64, preset="balanced")
+    plan = plan_run(model, settings)
+    estimate = estimate_memory(plan, settings)
     terms = {term.what: term.nbytes for term in estimate.cpu}
     tokens = 6 * 64
     block = 64 * (128 + 64 + 64) + 128 * 64 + 3 * 64 * 128
@@ -224,7 +225,7 @@ def test_the_end_of_the_pass_for_gradients_holds_few_logits(
 
 def test_a_run_that_allocates_needs_memory_for_its_measurement(tmp_path: Path) -> None:
     model = save_model(tmp_path / "model", intermediate_size=192)
-    settings = config(nsamples=64, seqlen=64, batch_size=8)
+    settings = config(nsamples=64, seqlen=64, batch_size=8, preset="balanced")
     rounding, reverse, at_the_end = measuring_terms(plan_run(model, settings), settings, "cpu", 1)
     shapes = [(128, 64), (64, 64), (64, 64), (64, 128), (192, 64), (192, 64), (64, 192)]
     weights = sum(rows * columns for rows, columns in shapes)
@@ -315,7 +316,7 @@ def test_a_plan_knows_whether_images_calibrate(tmp_path: Path) -> None:
 def test_the_estimate_limits_windows_to_the_models_positions(tmp_path: Path) -> None:
     model = save_model(tmp_path / "model")
     plan = plan_run(model, config())
-    limited = QuantizeConfig(bits=4, nsamples=2, batch_size=2)
+    limited = QuantizeConfig(bits=4, nsamples=2, batch_size=2, preset="gptq")
     given = config(seqlen=128, nsamples=2, batch_size=2)  # the model has 128 positions
     assert estimate_memory(plan, limited).cpu == estimate_memory(plan, given).cpu
     with pytest.raises(ConfigError) as caught:

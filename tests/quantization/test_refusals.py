@@ -362,11 +362,12 @@ def test_a_run_that_cannot_fit_in_memory_is_refused_at_once(tmp_path: Path) -> N
 
 
 def test_no_hint_proposes_a_limit_above_free_memory(tmp_path: Path) -> None:
-    plan = plan_run(save_model(tmp_path / "model"), config())
+    settings = config(preset="balanced")
+    plan = plan_run(save_model(tmp_path / "model"), settings)
 
     def refused(limits: list[Limit]) -> tuple[str, str]:
         with pytest.raises(ResourceError) as caught:
-            check_memory(plan, config(), 10_000, None, limits=limits)
+            check_memory(plan, settings, 10_000, None, limits=limits)
         return str(caught.value).partition(": hidden")[0].partition("; ")[2], str(caught.value.hint)
 
     less = "use a smaller --batch-size, --seqlen or --nsamples"
